@@ -1,0 +1,31 @@
+# make demo · make test · make help: each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check stop clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: .venv/ready  ## three tasks, an agent, and their streams, live in this terminal
+	@$(BIN)/python demo.py
+
+test: .venv/ready  ## every test, on all cores
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/ready  ## formatting, lint, types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+stop: .venv/ready  ## stop the embedded server (its data stay in .redis/)
+	@$(BIN)/python -m ailf.messaging.redis stop
+
+clean: stop  ## stop it, and remove its data, the outbox and .venv
+	rm -rf .redis outbox .venv
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
+	@echo "setting up .venv (once; about a minute) ..."
+	@$(PYTHON) -m venv .venv || { echo "cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@

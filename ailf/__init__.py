@@ -1,0 +1,1 @@
+"""Agent building blocks. Today: messaging (ailf.messaging.redis)."""

@@ -1,0 +1,1 @@
+"""Messaging between agents. Today: on Redis (ailf.messaging.redis)."""

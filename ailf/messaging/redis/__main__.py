@@ -1,0 +1,25 @@
+"""Look at or stop the embedded server of this project.
+
+Usage:   python -m ailf.messaging.redis [status|stop]
+"""
+
+import sys
+
+from . import embedded
+
+
+def main(argv: list[str]) -> int:
+    command = argv[0] if argv else "status"
+    if command == "stop":
+        print("embedded server stopped" if embedded.stop() else "no embedded server is running")
+        return 0
+    if command == "status":
+        port = embedded.running_port()
+        print(f"embedded server at redis://{embedded.HOST}:{port}" if port else "no embedded server is running")
+        return 0 if port else 1
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

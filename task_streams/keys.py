@@ -1,0 +1,48 @@
+"""Every key name and every event name, and nothing else.
+
+The queue's companions carry the hash tag {task_queue}, a stream's writer {task_logs:<id>}: in a Redis Cluster each of
+the two families lives in one slot, so that a script may touch it as a whole.
+"""
+
+QUEUE = "task_queue"  # list: tasks waiting; LPUSH on the left, BRPOP on the right
+COUNTER = "task_id_counter"  # string: INCR gives the next id
+UNFINISHED = "{task_queue}:unfinished"  # zset: id -> when it was put (ms); the ledger of what is owed
+LEASES = "{task_queue}:leases"  # zset: id -> when its lease ends (ms, the server's clock)
+RECENT = "{task_queue}:recent"  # zset: the last ids, for lists
+DEAD = "{task_queue}:dead"  # list: tasks given up on, with the reason
+
+FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD)  # all other keys belong to one task and expire
+
+
+def record(task_id: str) -> str:
+    """Return the key of a task's record, a hash: data, status, attempts, worker, token, timestamps, result."""
+    return f"{{task_queue}}:task:{task_id}"
+
+
+def stream(task_id: str) -> str:
+    """Return the key of a task's stream of events."""
+    return f"task_logs:{task_id}"
+
+
+def writer(task_id: str) -> str:
+    """Return the key of the hash that says who may append to a task's stream, and its last `seq`."""
+    return f"{{task_logs:{task_id}}}:writer"
+
+
+# Event name -> its own fields, beside `event`, `timestamp`, `attempt` and `seq`, which every entry has.
+EVENTS: dict[str, tuple[str, ...]] = {
+    "started": ("worker",),
+    "processing": ("step",),
+    "chain_of_thought": ("step", "prompt", "thought"),
+    "llm_delta": ("text",),
+    "llm_response": ("model", "response"),
+    "tool_usage": ("call_id", "tool", "action", "status", "arguments", "result", "duration_ms"),
+    "progress": ("percent", "step"),
+    "error": ("error", "error_type", "will_retry"),
+    "worker_lost": ("worker",),
+    "completed": ("result", "duration_ms"),
+    "failed": ("error", "attempts"),
+    "cancelled": ("reason",),
+}
+
+TERMINAL = frozenset({"completed", "failed", "cancelled"})  # exactly one of them ends a stream; a status too

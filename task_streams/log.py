@@ -1,0 +1,289 @@
+"""A task's stream of events, `task_logs:<id>`: append to it, read it, follow it.
+
+Every event is appended by one script (append.lua), which checks the writer, numbers the event and writes it once. The
+entry id is <ms>-<seq>, so it serves as the cursor everywhere and tells how many events a reader missed.
+"""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from ailf.messaging.redis import Client, blocking_client, connect, decode, encode, is_transient
+
+from . import keys
+from .lua import load
+from .retrying import delays
+
+logger = logging.getLogger(__name__)
+
+MAXLEN = 10_000  # entries kept of one stream, approximately (MAXLEN ~)
+TTL_SECONDS = 24 * 3600  # how long a stream can be read after its end
+MAX_EVENT_BYTES = 1_000_000  # of an event's fields; larger things belong in a file
+BLOCK_SECONDS = 1.0  # of one XREAD: short, so that Ctrl-C is noticed within a second
+PAGE = 500  # entries per XREAD: history comes in pages
+UNLEASED_PATIENCE_SECONDS = 15.0  # how long an append without a lease is repeated while Redis is away
+RESERVED = frozenset({"event", "timestamp", "attempt", "seq"})
+
+
+class LeaseLost(Exception):
+    """This worker no longer holds the task: somebody else may. Stop working on it; nothing more is written."""
+
+
+class StreamEnded(Exception):
+    """The task has reached its terminal event already; the message names it."""
+
+
+class TaskCancelled(Exception):
+    """Somebody asked for this task's end; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry of a stream, decoded. `gap` and `reset` are a reader's own: no entry says them."""
+
+    id: str  # the entry id, <ms>-<seq>: the cursor to go on from
+    name: str
+    fields: dict[str, Any]
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.name in keys.TERMINAL
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return one flat object: {"id": …, "event": …, "timestamp": …, …}."""
+        return {"id": self.id, "event": self.name, **self.fields}
+
+    @classmethod
+    def from_entry(cls, entry_id: str, entry: dict[str, str]) -> "Event":
+        values = {name: decode(text) for name, text in entry.items()}
+        return cls(entry_id, str(values.pop("event", "")), values)
+
+
+@dataclass
+class Lease:
+    """What a worker knows of its lease; shared by the log that appends and the thread that renews."""
+
+    deadline: float  # time.monotonic() after which it must not be believed
+    lost: threading.Event = field(default_factory=threading.Event)
+    cancel_reason: str | None = None
+
+
+class TaskLog:
+    """The stream of one task. Without a client it connects by the policy. Thread-safe.
+
+    A worker's log carries the attempt and token of its claim, and appends only while it holds the lease. A log without
+    them may write a stream that no worker has written yet, as its only writer.
+    """
+
+    def __init__(
+        self,
+        task_id: str | int,
+        client: Client | None = None,
+        *,
+        attempt: int = 0,
+        token: str = "",
+        lease: Lease | None = None,
+        maxlen: int = MAXLEN,
+        ttl_seconds: float = TTL_SECONDS,
+    ) -> None:
+        self.task_id = str(task_id)
+        self.redis = connect() if client is None else client
+        self.attempt, self.token, self.lease = attempt, token or uuid.uuid4().hex, lease
+        self.maxlen, self.ttl_seconds = maxlen, ttl_seconds
+        self._append = load(self.redis, "append")
+        self._number = 0
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _blocking(self) -> Client:
+        return blocking_client(self.redis, BLOCK_SECONDS)
+
+    # -- appending ----------------------------------------------------------------------------------------------
+
+    def add(self, event: str, /, **fields: Any) -> str:
+        """Append one event and return its entry id. Atomic, and written once even where it is repeated.
+
+        While Redis is away it blocks and tries again, until the lease is over. Raises LeaseLost, StreamEnded,
+        TaskCancelled (then stop, the worker writes `cancelled`), ValueError or TypeError for what JSON cannot hold.
+        """
+        if self.lease is not None and self.lease.cancel_reason is not None:
+            raise TaskCancelled(self.lease.cancel_reason)
+        return self.add_always(event, **fields)
+
+    def add_always(self, event: str, /, **fields: Any) -> str:
+        """Append as add() does, even when a cancellation was asked for: the worker's way to write the end."""
+        if not event.isidentifier() or event in ("gap", "reset"):
+            raise ValueError(f"not an event name: {event!r}")
+        if clash := RESERVED & fields.keys():
+            raise ValueError(f"the field {min(clash)!r} is written by the log itself")
+        pairs = [text for name, value in fields.items() for text in (name, encode(value))]
+        size = sum(len(text.encode()) for text in pairs)
+        if size > MAX_EVENT_BYTES:
+            raise ValueError(f"the event {event} has {size:,} bytes; the limit is {MAX_EVENT_BYTES:,}")
+        with self._lock:  # subtle: a repeated append is known by its number, so the numbers must arrive in order
+            self._number += 1
+            terminal = int(event in keys.TERMINAL)
+            ttl_ms = int(self.ttl_seconds * 1000)
+            args = [self.attempt, self.token, self._number, terminal, self.maxlen, ttl_ms, event, *pairs]
+            reply = self._insist(args)
+        if reply[0] == "lost":
+            if self.lease is not None:
+                self.lease.lost.set()
+            raise LeaseLost(f"task {self.task_id} is written by its attempt {reply[1]} now")
+        if reply[0] == "ended":
+            raise StreamEnded(reply[1])
+        return str(reply[1])
+
+    def _insist(self, args: list[Any]) -> Any:
+        """Run append.lua, again and again while Redis is away, for as long as the lease may be believed."""
+        limit = time.monotonic() + UNLEASED_PATIENCE_SECONDS
+        for delay in delays():
+            if self.lease is not None and (self.lease.lost.is_set() or time.monotonic() > self.lease.deadline):
+                raise LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
+            try:
+                return self._append(keys=[keys.stream(self.task_id), keys.writer(self.task_id)], args=args)
+            except RedisError as error:
+                if not is_transient(error) or (self.lease is None and time.monotonic() + delay > limit):
+                    raise
+            if self.lease is not None:
+                self.lease.lost.wait(delay)
+            else:
+                time.sleep(delay)
+        raise AssertionError("delays() never ends")
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def read(self, since: str = "0", count: int | None = None) -> list[Event]:
+        """Return the events after an entry id (XRANGE), without waiting."""
+        entries = self.redis.xrange(keys.stream(self.task_id), f"({since}", "+", count=count)
+        return [Event.from_entry(*entry) for entry in entries]
+
+    def last(self) -> Event | None:
+        """Return the newest event, or None."""
+        entries = self.redis.xrevrange(keys.stream(self.task_id), count=1)
+        return Event.from_entry(*entries[0]) if entries else None
+
+    def follow(self, since: str = "0", timeout_seconds: float | None = None) -> Iterator[Event]:
+        """Yield the events after an entry id, then block for more, and end after the terminal event.
+
+        `since`: an entry id, "0" for all, or "$" for only what comes from now on (resolved once). Every event comes
+        once and in order. Where trimming has passed the cursor, a `gap` event tells how many were missed; where the
+        cursor is ahead of the stream, as after a failover, a `reset` event comes and the stream is read from its
+        start. Lost connections are made again. Ends, too, where the task has ended and its stream has expired; raises
+        TimeoutError after timeout_seconds.
+        """
+        for _, event in follow({self.task_id: since}, self._blocking, timeout_seconds):
+            if event is not None:
+                yield event
+
+
+def seq_of(entry_id: str) -> int | None:
+    """Return the `seq` in an entry id; None for a mere time. seq_of("1700000000000-7") -> 7; seq_of("0") -> 0"""
+    ms, _, seq = entry_id.partition("-")
+    return int(seq or 0) if int(seq or 0) or not int(ms) else None
+
+
+def check_cursor(entry_id: str) -> str:
+    """Return an entry id as it is. Raises ValueError where it is none."""
+    ms, dash, seq = entry_id.partition("-")
+    numbers = [ms, seq] if dash else [ms]
+    if entry_id != "$" and not all(n.isascii() and n.isdigit() and int(n) < 2**64 for n in numbers):
+        raise ValueError(f"not an entry id: {entry_id!r} (expected <milliseconds>-<number>, as in 1700000000000-7)")
+    return entry_id
+
+
+def _order(entry_id: str) -> tuple[int, int]:
+    ms, _, seq = entry_id.partition("-")
+    return int(ms), int(seq or 0)
+
+
+def follow(
+    cursors: dict[str, str], blocking: Client, timeout_seconds: float | None = None
+) -> Iterator[tuple[str, Event | None]]:
+    """Yield (task id, event) of several streams over one connection, until all have ended.
+
+    `cursors` maps task ids to entry ids; it is the caller's, who may add tasks while following. After BLOCK_SECONDS
+    without an event comes ("", None), so that the caller can look around. `blocking` is a blocking_client. See
+    TaskLog.follow for the rest.
+    """
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    seqs: dict[str, int | None] = {}
+    away, wait = False, delays()
+    while cursors:
+        if deadline is not None and time.monotonic() >= deadline:
+            raise TimeoutError(f"no end within {timeout_seconds:g} s")
+        try:
+            for task_id in cursors.keys() - seqs.keys():
+                for event in _start(task_id, cursors, seqs, blocking):
+                    yield task_id, event
+            if not cursors:
+                return
+            left = BLOCK_SECONDS if deadline is None else deadline - time.monotonic()
+            block_ms = max(1, int(min(left, BLOCK_SECONDS) * 1000))  # subtle: 0 would block for ever
+            streams = {keys.stream(task_id): cursor for task_id, cursor in cursors.items()}
+            reply = blocking.xread(streams, count=PAGE, block=block_ms)
+            for task_id in [] if reply else _expired(list(cursors), blocking):
+                del cursors[task_id]
+        except RedisError as error:
+            if not is_transient(error):
+                raise
+            if not away:
+                logger.warning("lost Redis (%s); waiting for it", error)
+            away = True
+            seqs.clear()  # look at each stream anew: after a failover a cursor may be ahead of it
+            time.sleep(next(wait))
+            continue
+        if away:
+            logger.warning("Redis is back")
+        away, wait = False, delays()
+        if not reply:
+            yield "", None
+        for stream, entries in reply:
+            task_id = stream.removeprefix(keys.stream(""))
+            for entry in entries:
+                event = Event.from_entry(*entry)
+                seq, expected = event.fields.get("seq"), seqs[task_id]
+                if isinstance(seq, int):
+                    if expected is not None and seq > expected + 1:
+                        yield task_id, Event(cursors[task_id], "gap", {"missed": seq - expected - 1})
+                    seqs[task_id] = seq
+                cursors[task_id] = event.id
+                if event.is_terminal:
+                    del cursors[task_id]
+                    yield task_id, event
+                    break
+                yield task_id, event
+
+
+def _start(task_id: str, cursors: dict[str, str], seqs: dict[str, int | None], redis: Client) -> Iterator[Event]:
+    """Resolve `$` once, put a cursor that is ahead of its stream back to the start, and drop one that is at the end."""
+    cursor = cursors[task_id]
+    newest = redis.xrevrange(keys.stream(task_id), count=1)
+    last = newest[0][0] if newest else "0-0"
+    if cursor == "$":
+        cursor = last
+    elif _order(cursor) > _order(last) and not _expired([task_id], redis):
+        yield Event(cursor, "reset", {"cursor": cursor, "last": last})
+        cursor = "0"
+    if newest and cursor == last and newest[0][1].get("event") in keys.TERMINAL:
+        del cursors[task_id]
+    else:
+        cursors[task_id], seqs[task_id] = cursor, seq_of(cursor)
+
+
+def _expired(task_ids: list[str], redis: Client) -> list[str]:
+    """Return those tasks that have ended and whose streams are gone."""
+    with redis.pipeline(transaction=False) as pipe:
+        for task_id in task_ids:
+            pipe.exists(keys.stream(task_id))
+            pipe.hget(keys.record(task_id), "status")
+        replies = pipe.execute()
+    pairs = zip(task_ids, replies[::2], replies[1::2], strict=True)
+    return [task_id for task_id, stream, status in pairs if not stream and status in keys.TERMINAL]

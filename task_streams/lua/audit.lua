@@ -1,0 +1,35 @@
+-- List the tasks whose lease is over, after giving a short lease to those that were popped but never claimed.
+--
+-- BRPOP takes an element before anybody claims its task, so a worker that dies in between leaves the task in the
+-- ledger only. The list is in the order of putting (oldest on the right), so every task that is older than the
+-- oldest ones in the list, and that nobody leases, has been popped. It gets a lease of `grace`; if by its end nobody
+-- has claimed it, recover.lua pushes it again. A false suspicion costs one more element, which the claim drops.
+-- KEYS  queue, leases, unfinished
+-- ARGV  grace (ms), offset into the ledger, how many of the ledger to look at
+-- Returns {ids whose lease is over (100 at most), how many of the ledger were looked at}.
+local WINDOW = 5 -- the oldest elements of the list
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local listed = {}
+local before = redis.call('LLEN', KEYS[1]) <= WINDOW and '+inf' or nil
+for _, element in ipairs(redis.call('LRANGE', KEYS[1], -WINDOW, -1)) do
+  local id = string.match(element, '^%s*{%s*"id"%s*:%s*"?([^",}]+)')
+  if id then
+    listed[id] = true
+    local put_at = not before and redis.call('ZSCORE', KEYS[3], id)
+    if put_at then
+      before = '(' .. put_at
+    end
+  end
+end
+local looked_at = 0
+if before then
+  local ids = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', before, 'LIMIT', ARGV[2], ARGV[3])
+  looked_at = #ids
+  for _, id in ipairs(ids) do
+    if not listed[id] then
+      redis.call('ZADD', KEYS[2], 'NX', now + ARGV[1], id)
+    end
+  end
+end
+return {redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 100), looked_at}

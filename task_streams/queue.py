@@ -1,0 +1,361 @@
+"""The queue: put, take, heartbeat, finish, recover. A Redis list with leases beside it.
+
+    put       LPUSH, with a record and a place in the ledger of unfinished tasks (put.lua)
+    take      BRPOP, then a claim: a lease of some seconds and a token that proves it (claim.lua)
+    heartbeat renews leases (heartbeat.lua); release, retry and finish end them
+    recover   pushes tasks again whose lease is over, or that were popped but never claimed (audit.lua, recover.lua)
+
+Every change is one script on keys of one slot, and repeating it changes nothing; so it is repeated when a connection is
+lost. Only BRPOP cannot be: what it popped in vain, recover finds in the ledger.
+"""
+
+import re
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Literal
+
+from ailf.messaging.redis import Client, blocking_client, connect, from_json, to_json
+
+from . import keys
+from .lua import load
+from .retrying import repeat
+
+MAX_DATA_BYTES = 1_000_000  # of a task's data as JSON; larger things belong in a file that the task names
+RECENT_TASKS = 10_000  # ids kept for lists
+DEAD_LETTERS = 100_000  # kept in `dead`; older ones go
+RECORD_TTL_SECONDS = 48 * 3600  # twice the stream's, so that "expired" is not mistaken for "never started"
+LEASE_SECONDS = 10.0  # a killed worker's tasks run again within 15 s; a frozen server of 6.5 s is survived
+BLOCK_SECONDS = 1.0  # of one BRPOP: short, so that Ctrl-C is noticed within a second
+AUDIT_GRACE_MS = 1_000  # how long a popped task may stay unclaimed
+AUDIT_LIMIT = 1_000  # of the ledger looked at in one audit
+PUT_BATCH = 500  # tasks per pipeline
+PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
+
+_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+Outcome = Literal["completed", "failed", "cancelled"]
+
+
+class NoSuchTask(LookupError):
+    """No task of that id is known: it was never put, or it finished long ago."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task; from a claim on also with the proof of it (token) and its history."""
+
+    id: str
+    data: Any
+    attempt: int = 0  # claims so far; grows with each, so it is the fencing token of the task's stream
+    token: str = ""
+    failures: int = 0  # attempts that ended with an error or a lost worker
+    lost_worker: str = ""  # who held the lease before, if it ran out
+    cancel_reason: str = ""  # not empty: its cancellation was asked for
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class Malformed(ValueError):
+    """An element of the list is no task; the message says why."""
+
+
+def parse_element(element: bytes) -> Task:
+    """Return the task in a list element, b'{"id": 7, "data": …}'. Raises Malformed with the reason."""
+    if len(element) > MAX_DATA_BYTES + 1_000:  # id and punctuation have room in the rest
+        raise Malformed(f"the element has {len(element):,} bytes; the limit is {MAX_DATA_BYTES:,}")
+    try:
+        value = from_json(element.decode())
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise Malformed("nested too deep") from error
+    except ValueError as error:
+        raise Malformed(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Malformed("not a JSON object")
+    if "id" not in value or "data" not in value:
+        raise Malformed(f'has no "{"data" if "id" in value else "id"}"')
+    try:
+        return Task(check_id(value["id"]), value["data"])
+    except ValueError as error:
+        raise Malformed(str(error)) from error
+
+
+def check_id(task_id: object) -> str:
+    """Return a task's id as text. check_id(7) -> '7'. Raises ValueError where it cannot be one."""
+    text = str(task_id) if isinstance(task_id, int | str) and not isinstance(task_id, bool) else ""
+    if not _ID.fullmatch(text):
+        raise ValueError(f"not a task id: {str(task_id)[:80]!r} (letters, digits and . _ : @ - only, 128 at most)")
+    return text
+
+
+def _id_json(task_id: str) -> str:
+    return task_id if task_id.isascii() and task_id.isdigit() and task_id[0] != "0" else f'"{task_id}"'
+
+
+class TaskQueue:
+    """The queue `task_queue` and its companions. Thread-safe. Without a client it connects by the policy.
+
+    A change is repeated for patience_seconds while Redis is away; then redis-py's error is raised.
+    """
+
+    def __init__(self, client: Client | None = None, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self.redis = connect() if client is None else client
+        self.patience_seconds = patience_seconds
+        names = ("put", "claim", "heartbeat", "finish", "retry", "release", "recover", "audit", "cancel")
+        self._scripts = {name: load(self.redis, name) for name in names}
+        self._ledger_offset = 0
+
+    @cached_property
+    def _blocking(self) -> Client:
+        # subtle: bytes, because a decoding error after BRPOP would lose the element
+        return blocking_client(self.redis, BLOCK_SECONDS, decode_responses=False)
+
+    def _run(self, name: str, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
+        return repeat(lambda: self._scripts[name](keys=script_keys, args=args), self.patience_seconds)
+
+    def close(self) -> None:
+        """Close the connections. The queue connects again when it is used again."""
+        if "_blocking" in self.__dict__:
+            self._blocking.close()
+        self.redis.close()
+
+    @staticmethod
+    def check(data: Any) -> None:
+        """Raise what put() would raise for this data: ValueError or TypeError."""
+        _check_data(data)
+
+    # -- putting ------------------------------------------------------------------------------------------------
+
+    def put(self, data: Any, id: str | None = None) -> Task:
+        """Put a task: when this returns, the task will reach a terminal event. Atomic.
+
+        With an id of one's own the put is idempotent: a second put of that id returns the first task and queues
+        nothing. Ids of digits only belong to the counter. Raises ValueError or TypeError where data is not JSON or
+        over MAX_DATA_BYTES, and redis-py's errors where Redis stays away.
+        """
+        if id is not None:
+            return self._put_as(_check_own_id(id), _check_data(data))[0]
+        return self._put_new([_check_data(data)])[0]
+
+    def put_many(self, items: Iterable[Any]) -> list[Task]:
+        """Put tasks in order, in pipelines of PUT_BATCH with one INCRBY each. Each task is put as a whole, the batch is
+        not: where an error is raised, the tasks before it may have been put."""
+        tasks: list[Task] = []
+        iterator = iter(items)
+        while batch := [_check_data(data) for data in islice(iterator, PUT_BATCH)]:
+            tasks += self._put_new(batch)
+        return tasks
+
+    def _put_new(self, batch: list[str]) -> list[Task]:
+        last = int(repeat(lambda: self.redis.incrby(keys.COUNTER, len(batch)), self.patience_seconds))
+        ids = [str(number) for number in range(last - len(batch) + 1, last + 1)]
+        if len(batch) == 1:
+            return [self._put_as(ids[0], batch[0], ours=True)[0]]
+
+        def put_all() -> list[int]:
+            with self.redis.pipeline(transaction=False) as pipe:
+                for task_id, data in zip(ids, batch, strict=True):
+                    self._scripts["put"](keys=_put_keys(task_id), args=_put_args(task_id, data), client=pipe)
+                return list(pipe.execute())
+
+        created = repeat(put_all, self.patience_seconds)
+        return [
+            Task(task_id, from_json(data)) if new else self._put_as(task_id, data, ours=True)[0]
+            for task_id, data, new in zip(ids, batch, created, strict=True)
+        ]
+
+    def _put_as(self, task_id: str, data: str, ours: bool = False) -> tuple[Task, bool]:
+        """Put under an id; return the task and whether it is new. `ours`: the id was drawn from the counter."""
+        if self._run("put", _put_keys(task_id), _put_args(task_id, data)):
+            return Task(task_id, from_json(data)), True
+        first = repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds)
+        if first is None:  # it expired between the two commands
+            return self._put_as(task_id, data, ours)
+        if ours and first != data:  # subtle: somebody pushed that number by hand; the same data is our own repeated put
+            return self._put_new([data])[0], True
+        return Task(task_id, from_json(first)), False
+
+    # -- taking -------------------------------------------------------------------------------------------------
+
+    def pop(self, block_seconds: float = BLOCK_SECONDS) -> bytes | None:
+        """BRPOP one element; None after block_seconds (BLOCK_SECONDS at most) without one. Never repeated."""
+        reply = self._blocking.brpop([keys.QUEUE], timeout=min(block_seconds, BLOCK_SECONDS))
+        return bytes(reply[1]) if reply else None
+
+    def claim(
+        self, element: bytes, *, worker: str, lease_seconds: float = LEASE_SECONDS, token: str = ""
+    ) -> Task | None:
+        """Claim the task of a popped element. None where it is dropped: a copy of a task that is held or has ended, or
+        a malformed element, which goes to `dead` with the reason. Pass a token of your own to repeat a claim."""
+        try:
+            task = parse_element(element)
+        except Malformed as error:
+            self.bury({"reason": str(error), "element": element.decode(errors="backslashreplace")})
+            return None
+        return self._claim(task.id, to_json(task.data), worker, lease_seconds, token)
+
+    def take(
+        self, block_seconds: float = BLOCK_SECONDS, *, worker: str = "anonymous", lease_seconds: float = LEASE_SECONDS
+    ) -> Task | None:
+        """Pop and claim the next task; None after block_seconds without one, or where an element was dropped."""
+        element = self.pop(block_seconds)
+        return None if element is None else self.claim(element, worker=worker, lease_seconds=lease_seconds)
+
+    def _claim(self, task_id: str, data: str, worker: str, lease_seconds: float, token: str = "") -> Task | None:
+        token = token or uuid.uuid4().hex
+        reply = self._run(
+            "claim",
+            [keys.record(task_id), keys.LEASES, keys.UNFINISHED, keys.RECENT],
+            [task_id, token, worker, int(lease_seconds * 1000), data, RECENT_TASKS],
+        )
+        if reply[0] != "claimed":
+            return None
+        _, data, attempt, failures, lost, cancel = reply
+        return Task(task_id, from_json(data), int(attempt), token, int(failures), lost, cancel)
+
+    def heartbeat(self, tasks: Sequence[Task], lease_seconds: float = LEASE_SECONDS) -> list[int]:
+        """Renew leases in one round trip; for each task 1 (renewed), 2 (and to be cancelled) or 0 (lost)."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for task in tasks:
+                self._scripts["heartbeat"](
+                    keys=[keys.LEASES, keys.record(task.id)],
+                    args=[task.id, task.token, int(lease_seconds * 1000)],
+                    client=pipe,
+                )
+            return list(pipe.execute())
+
+    def finish(self, task: Task, outcome: Outcome, result: Any = None) -> bool:
+        """Close the record after the task's stream has ended; a failed task goes to `dead` too. False: lease lost."""
+        letter = {"id": task.id, "data": task.data, "reason": result, "attempts": task.attempt}
+        args = [task.id, task.token, outcome, to_json(result), RECORD_TTL_SECONDS * 1000]
+        args += [to_json(letter) if outcome == "failed" else "", DEAD_LETTERS]
+        return bool(self._run("finish", [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD], args))
+
+    def retry(self, task: Task, delay_seconds: float) -> bool:
+        """Count a failure and let the task rest; recover pushes it again after delay_seconds. False: lease lost."""
+        args = [task.id, task.token, int(delay_seconds * 1000)]
+        return bool(self._run("retry", [keys.record(task.id), keys.LEASES], args))
+
+    def release(self, task: Task) -> bool:
+        """Hand a task back: it is the next to be popped, and nothing is counted. False: lease lost."""
+        script_keys = [keys.QUEUE, keys.record(task.id), keys.LEASES]
+        return bool(self._run("release", script_keys, [task.id, task.token, _id_json(task.id)]))
+
+    def recover(self) -> int:
+        """Push again what is owed and nobody works on (100 tasks at most); return how many. Any worker may call it."""
+        ids, looked_at = self._run(
+            "audit",
+            [keys.QUEUE, keys.LEASES, keys.UNFINISHED],
+            [AUDIT_GRACE_MS, self._ledger_offset, AUDIT_LIMIT],
+        )
+        # a thousand long tasks may stand before a lost one: go on from there next time, else start again
+        self._ledger_offset = self._ledger_offset + looked_at if looked_at == AUDIT_LIMIT else 0
+        with self.redis.pipeline(transaction=False) as pipe:
+            for task_id in ids:
+                self._scripts["recover"](
+                    keys=[keys.QUEUE, keys.record(task_id), keys.LEASES, keys.UNFINISHED],
+                    args=[task_id, _id_json(task_id)],
+                    client=pipe,
+                )
+            return int(sum(pipe.execute()))
+
+    def bury(self, letter: dict[str, Any]) -> None:
+        """Put a letter in `dead`, which keeps the last DEAD_LETTERS."""
+        with self.redis.pipeline() as pipe:
+            pipe.lpush(keys.DEAD, to_json(letter))
+            pipe.ltrim(keys.DEAD, 0, DEAD_LETTERS - 1)
+            pipe.execute()
+
+    # -- steering and looking -----------------------------------------------------------------------------------
+
+    def request_cancel(self, task_id: str, reason: str) -> Task | None:
+        """Ask for a task's end. A waiting task is claimed at once and returned, for the caller to end its stream; one
+        that runs or rests is marked, and its worker ends it: then None. Raises NoSuchTask; ValueError if it has ended.
+        """
+        status = self._run("cancel", [keys.record(task_id), keys.LEASES], [task_id, reason])
+        if status is None:
+            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
+        if status in keys.TERMINAL:
+            raise ValueError(f"task {task_id} has ended already: {status}")
+        return self._claim(task_id, "", "cancel", LEASE_SECONDS) if status == "waiting" else None
+
+    def requeue_dead(self) -> tuple[list[tuple[str, Task]], int]:
+        """Put every dead task again; return the pairs (old id, new task), and how many letters hold no task.
+
+        The new id is derived from the old (7 -> 7.2 -> 7.3), so that doing it twice, or being killed half-way, puts no
+        task twice. A letter is removed after its task was put.
+        """
+        pairs: list[tuple[str, Task]] = []
+        letters = self.redis.lrange(keys.DEAD, 0, -1)
+        for letter in reversed(letters):
+            content = from_json(letter)
+            if "data" not in content:
+                continue
+            old = str(content["id"])
+            base, dot, run = old.rpartition(".")
+            new = f"{base}.{int(run) + 1}" if dot and run.isdigit() else f"{old}.2"
+            pairs.append((old, self.put(content["data"], id=new)))
+            self.redis.lrem(keys.DEAD, -1, letter)
+        return pairs, len(letters) - len(pairs)
+
+    def get(self, task_id: str) -> dict[str, Any] | None:
+        """Return a task's record, decoded: data, status, attempts, failures, worker, put_at (ms) …; None if none."""
+        record: dict[str, Any] = self.redis.hgetall(keys.record(task_id))
+        if not record:
+            return None
+        numbers = ("attempts", "failures", "put_at", "started_at", "finished_at")
+        record.update({name: int(record[name]) for name in numbers if name in record})
+        record.update({name: from_json(record[name]) for name in ("data", "result") if name in record})
+        return record
+
+    def ahead(self, task_id: str, within: int = 10_000) -> int | None:
+        """Return how many waiting tasks are popped before this one; None where it is not among the next `within`."""
+        data = self.redis.hget(keys.record(task_id), "data")
+        element = f'{{"id": {_id_json(task_id)}, "data": {data}}}'
+        place = self.redis.lpos(keys.QUEUE, element, rank=-1, maxlen=within) if data is not None else None
+        return None if place is None else int(self.redis.llen(keys.QUEUE)) - 1 - int(place)
+
+    def is_listed(self, task_id: str, within: int = 1_000) -> bool:
+        """Say whether one of the next `within` elements has that id: so is found what was pushed by hand."""
+        for element in self._blocking.lrange(keys.QUEUE, -within, -1):
+            try:
+                if parse_element(element).id == task_id:
+                    return True
+            except Malformed:
+                continue  # whoever pops it will say so
+        return False
+
+    def owed(self) -> int:
+        """Return how many tasks are waiting, running or resting."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            pipe.llen(keys.QUEUE)
+            pipe.zcard(keys.UNFINISHED)
+            return int(max(pipe.execute()))
+
+
+def _check_own_id(task_id: str) -> str:
+    if check_id(task_id).isdigit():
+        raise ValueError(f"not an id of one's own: {task_id!r} (numbers belong to {keys.COUNTER}; add a letter)")
+    return task_id
+
+
+def _check_data(data: Any) -> str:
+    text = to_json(data)
+    size = len(text.encode())
+    if size > MAX_DATA_BYTES:
+        raise ValueError(
+            f"the task's data has {size:,} bytes; the limit is {MAX_DATA_BYTES:,} (put them in a file that it names)"
+        )
+    return text
+
+
+def _put_keys(task_id: str) -> list[str]:
+    return [keys.QUEUE, keys.record(task_id), keys.UNFINISHED, keys.RECENT]
+
+
+def _put_args(task_id: str, data: str) -> list[Any]:
+    return [task_id, _id_json(task_id), data, RECENT_TASKS]

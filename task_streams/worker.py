@@ -1,0 +1,355 @@
+"""The loop around a handler: take tasks, keep their leases, report their ends, stop cleanly.
+
+    main thread   BRPOP when a slot is free; once a second it recovers what others lost
+    slots         one thread per task at a time: claim, `started`, the handler, the terminal event, finish
+    heartbeat     one thread renews the leases of all running tasks, three times a lease
+
+While Redis is away everything waits and tries again; leases that run out meanwhile are lost, and their tasks run again.
+"""
+
+import argparse
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from redis.exceptions import RedisError
+
+from ailf.messaging.redis import Client, connect, is_transient, url_of
+
+from . import keys
+from .log import Lease, LeaseLost, StreamEnded, TaskCancelled, TaskLog
+from .queue import LEASE_SECONDS, Outcome, Task, TaskQueue
+from .retrying import delays
+
+MAX_ATTEMPTS = 3  # attempts that may end with an error or a lost worker; one more is not made
+GRACE_SECONDS = 10.0  # how long running tasks may take to finish after Ctrl-C
+BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each
+LONGEST_BACKOFF_SECONDS = 60.0
+RECOVER_SECONDS = 1.0  # between two looks for lost tasks
+POLL_SECONDS = 0.1  # how soon a signal is noticed where nothing else wakes the main thread
+MAX_ERROR_CHARS = 2_000  # of an exception's message in an event
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Handler = Callable[[Task, TaskLog], Any]
+
+
+class PermanentFailure(Exception):
+    """Raised by a handler whose task can never succeed: it fails without another attempt."""
+
+
+def fault_point(name: str) -> None:
+    """Kill this process here if a test asked for it by $TASK_STREAMS_FAULT, as kill -9 would."""
+    if os.environ.get("TASK_STREAMS_FAULT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_worker(
+    handler: Handler,
+    *,
+    concurrency: int = 1,
+    burst: bool = False,
+    lease_seconds: float = LEASE_SECONDS,
+    grace_seconds: float = GRACE_SECONDS,
+    max_attempts: int = MAX_ATTEMPTS,
+    backoff_seconds: float = BACKOFF_SECONDS,
+    client: Client | None = None,
+) -> int:
+    """Run tasks with handler(task, log) until a signal comes; return the exit code. Blocks; call it in the main thread.
+
+    The handler's return value (JSON) becomes the `completed` event's result. An exception is logged as `error` and the
+    task is tried again after a backoff, max_attempts times in all; PermanentFailure fails it at once. The handler must
+    let LeaseLost and TaskCancelled, which log.add raises, pass.
+
+    SIGTERM or Ctrl-C stops taking, lets running tasks finish for grace_seconds, then hands the rest back; a second one
+    hands them back at once (exit code 130). With `burst` it returns when no task is owed: none waits, runs or rests.
+    Raises ailf's RedisUnavailable where Redis cannot be reached at the start.
+    """
+    worker = _Worker(connect() if client is None else client, handler, lease_seconds, max_attempts, backoff_seconds)
+    return worker.run(concurrency, burst, grace_seconds)
+
+
+def cancel_task(queue: TaskQueue, task_id: str, reason: str) -> str:
+    """Cancel a task and return "cancelled" (it waited, and has ended) or "requested" (its worker will end it).
+
+    A running task stops at its next log.add after its worker's next heartbeat. Raises NoSuchTask, or ValueError where
+    the task has ended.
+    """
+    task = queue.request_cancel(task_id, reason)
+    if task is None:
+        return "requested"
+    log = TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token)
+    log.add("cancelled", reason=reason)
+    queue.finish(task, "cancelled", reason)
+    return "cancelled"
+
+
+class _Worker:
+    """The state that the threads of one worker share."""
+
+    def __init__(
+        self, client: Client, handler: Handler, lease_seconds: float, max_attempts: int, backoff_seconds: float
+    ) -> None:
+        self.queue = TaskQueue(client, patience_seconds=0)  # waiting is done here, in insist()
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.handler, self.lease_seconds = handler, lease_seconds
+        self.max_attempts, self.backoff_seconds = max_attempts, backoff_seconds
+        self.signals = 0  # how many came; the signal handler's only business
+        self.leaving = threading.Event()  # set when the running tasks are given up
+        self.running: dict[str, tuple[Task, TaskLog, Lease]] = {}
+        self.elements: SimpleQueue[bytes] = SimpleQueue()
+        self.trouble: dict[str, float] = {}  # kind of operation -> since when it fails
+        self.trouble_lock = threading.Lock()
+
+    # -- the main thread ----------------------------------------------------------------------------------------
+
+    def run(self, concurrency: int, burst: bool, grace_seconds: float) -> int:
+        previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        slots = threading.Semaphore(concurrency)
+        for _ in range(concurrency):
+            threading.Thread(target=self.slot, args=(slots,), daemon=True).start()
+        threading.Thread(target=self.heartbeat, daemon=True).start()
+        logger.info("worker %s waits for tasks on %s at %s", self.name, keys.QUEUE, url_of(self.queue.redis))
+        try:
+            self.take_until_stopped(slots, burst)
+            return self.finish_or_hand_back(slots, concurrency, grace_seconds)
+        finally:
+            self.leaving.set()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.queue.close()
+
+    def on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.signals += 1
+
+    def take_until_stopped(self, slots: threading.Semaphore, burst: bool) -> None:
+        recover_at = 0.0
+        wait = delays()
+        while not self.signals:
+            try:
+                if time.monotonic() >= recover_at:
+                    recover_at = time.monotonic() + RECOVER_SECONDS
+                    if recovered := self.attempt("recover", self.queue.recover):
+                        logger.info("pushed %d task(s) again that nobody worked on", recovered)
+                if not slots.acquire(timeout=POLL_SECONDS):
+                    continue
+                element = None
+                try:
+                    element = self.attempt("pop", self.queue.pop)
+                finally:
+                    if element is None:
+                        slots.release()
+                if element is not None:
+                    fault_point("popped")
+                    self.elements.put(element)
+                elif burst and not self.running and self.attempt("count", self.queue.owed) == 0:
+                    return
+                wait = delays()
+            except RedisError as error:
+                if not is_transient(error):
+                    raise
+                time.sleep(next(wait))
+
+    def finish_or_hand_back(self, slots: threading.Semaphore, concurrency: int, grace_seconds: float) -> int:
+        """Wait for the running tasks; hand back those that take longer than the grace."""
+        if self.running:
+            logger.info("stopping: %d task(s) may finish within %g s", len(self.running), grace_seconds)
+        deadline, idle = time.monotonic() + grace_seconds, 0
+        while idle < concurrency and time.monotonic() < deadline and self.signals < 2:
+            idle += slots.acquire(timeout=POLL_SECONDS)
+        self.leaving.set()
+        for task, _, lease in list(self.running.values()):
+            lease.lost.set()
+            try:
+                if self.queue.release(task):
+                    logger.info("task %s handed back", task)
+            except RedisError:
+                logger.warning("task %s not handed back: its lease will run out by itself", task)
+        return 130 if self.signals > 1 else 0  # 128 + SIGINT, as shells count
+
+    # -- the slots ----------------------------------------------------------------------------------------------
+
+    def slot(self, slots: threading.Semaphore) -> None:
+        while True:
+            element = self.elements.get()
+            try:
+                self.process(element)
+            except RedisError as error:
+                logger.error("a task was left to its lease: %s", error)
+            except Exception:
+                logger.exception("the worker itself failed; the task runs again when its lease is over")
+            finally:
+                slots.release()
+
+    def process(self, element: bytes) -> None:
+        token = uuid4().hex
+        believed_until = 0.0
+
+        def claim() -> Task | None:
+            nonlocal believed_until
+            believed_until = time.monotonic() + self.lease_seconds  # counted from before the server counts
+            return self.queue.claim(element, worker=self.name, lease_seconds=self.lease_seconds, token=token)
+
+        task = self.insist("claim", claim)
+        if task is None:
+            return
+        fault_point("claimed")
+        lease = Lease(believed_until, cancel_reason=task.cancel_reason or None)
+        log = TaskLog(task.id, self.queue.redis, attempt=task.attempt, token=task.token, lease=lease)
+        self.running[task.token] = task, log, lease
+        try:
+            self.work(task, log)
+        except StreamEnded:  # a worker died between the terminal event and finish: the event counts
+            if (last := log.last()) is not None and last.is_terminal:
+                self.finish(task, last.name, last.fields.get("result", last.fields.get("error")))  # type: ignore[arg-type]
+        except LeaseLost as error:
+            logger.warning("%s; leaving it", error)
+        finally:
+            del self.running[task.token]
+
+    def work(self, task: Task, log: TaskLog) -> None:
+        began = time.monotonic()
+        try:
+            if task.lost_worker:
+                log.add_always("worker_lost", worker=task.lost_worker)
+            if task.failures >= self.max_attempts:
+                self.give_up(task, log, f"its worker was lost ({task.lost_worker})", task.failures)
+                return
+            log.add("started", worker=self.name)
+            fault_point("started")
+            logger.info("task %s started%s", task, f" (attempt {task.attempt})" if task.attempt > 1 else "")
+            result = self.handler(task, log)
+            fault_point("handled")
+            duration_ms = round((time.monotonic() - began) * 1000)
+            log.add("completed", result=result, duration_ms=duration_ms)
+            fault_point("completed")
+            self.finish(task, "completed", result)
+            logger.info("task %s completed in %.2f s", task, duration_ms / 1000)
+        except (LeaseLost, StreamEnded):
+            raise
+        except TaskCancelled as cancelled:
+            log.add_always("cancelled", reason=str(cancelled))
+            self.finish(task, "cancelled", str(cancelled))
+            logger.info("task %s cancelled: %s", task, cancelled)
+        except (Exception, SystemExit) as error:  # the task boundary: whatever a task does, the worker goes on
+            self.failed(task, log, error)
+
+    def failed(self, task: Task, log: TaskLog, error: BaseException) -> None:
+        """Log an exception of the handler; then let the task rest for its next attempt, or give it up."""
+        message = str(error)[:MAX_ERROR_CHARS].encode(errors="backslashreplace").decode() or repr(error)
+        failures = task.failures + 1
+        permanent = isinstance(error, PermanentFailure)
+        will_retry = not permanent and failures < self.max_attempts
+        log.add_always("error", error=message, error_type=type(error).__name__, will_retry=will_retry)
+        if not will_retry:
+            logger.error("task %s failed: %s", task, message, exc_info=None if permanent else error)
+            self.give_up(task, log, message, failures)
+            return
+        delay = min(self.backoff_seconds * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS)
+        logger.warning("task %s: %s; tried again in %g s", task, message, delay, exc_info=error)
+        self.insist("write", lambda: self.queue.retry(task, delay))
+
+    def give_up(self, task: Task, log: TaskLog, reason: str, failures: int) -> None:
+        log.add_always("failed", error=reason, attempts=failures)
+        self.finish(task, "failed", reason)
+
+    def finish(self, task: Task, outcome: Outcome, result: Any) -> None:
+        self.insist("write", lambda: self.queue.finish(task, outcome, result))
+
+    # -- the heartbeat ------------------------------------------------------------------------------------------
+
+    def heartbeat(self) -> None:
+        pause = self.lease_seconds / 3
+        while not self.leaving.wait(pause):
+            held = list(self.running.values())
+            if not held:
+                continue
+            sent = time.monotonic()
+            try:
+                beat = partial(self.queue.heartbeat, [task for task, _, _ in held], self.lease_seconds)
+                replies = self.attempt("heartbeat", beat)
+                pause = self.lease_seconds / 3
+            except RedisError as error:
+                if not is_transient(error):
+                    logger.error("cannot renew leases: %s", error)
+                pause = min(1.0, self.lease_seconds / 10)
+                continue
+            for (task, _, lease), reply in zip(held, replies, strict=True):
+                if reply == 0:
+                    lease.lost.set()
+                    continue
+                lease.deadline = sent + self.lease_seconds
+                if reply == 2 and lease.cancel_reason is None:
+                    record = self.insist("heartbeat", partial(self.queue.get, task.id))
+                    lease.cancel_reason = (record or {}).get("cancel", "cancelled")
+
+    # -- Redis away ---------------------------------------------------------------------------------------------
+
+    def attempt(self, kind: str, call: Callable[[], T]) -> T:
+        """Call once; log when this kind of operation begins to fail and when all work again, not in between."""
+        try:
+            result = call()
+        except RedisError as error:
+            with self.trouble_lock:
+                if not self.trouble and is_transient(error):
+                    logger.warning("Redis does not serve (%s); waiting for it", error)
+                self.trouble.setdefault(kind, time.monotonic())
+            raise
+        if self.trouble:
+            with self.trouble_lock:
+                since = self.trouble.pop(kind, None)
+                if since is not None and not self.trouble:
+                    logger.warning("Redis serves again, after %.1f s", time.monotonic() - since)
+        return result
+
+    def insist(self, kind: str, call: Callable[[], T]) -> T:
+        """Call an idempotent operation until it succeeds or this worker leaves."""
+        for delay in delays():
+            try:
+                return self.attempt(kind, call)
+            except RedisError as error:
+                if not is_transient(error) or self.leaving.wait(delay):
+                    raise
+        raise AssertionError("delays() never ends")
+
+
+def _number(least: float, kind: type[float] = float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not math.isfinite(number) or number < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least:g}")
+        return number
+
+    parse.__name__ = "number"
+    return parse
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every consumer takes: --concurrency, --lease, --burst, --grace."""
+    at_once = "tasks at one time (default 1)"
+    lease = "seconds after which a task whose worker was killed runs again (default 10)"
+    grace = "seconds that running tasks may take to finish after Ctrl-C (default 10)"
+    parser.add_argument("--concurrency", type=_number(1, int), default=1, metavar="N", help=at_once)
+    parser.add_argument("--lease", type=_number(1), default=LEASE_SECONDS, metavar="S", help=lease)
+    parser.add_argument("--grace", type=_number(0), default=GRACE_SECONDS, metavar="S", help=grace)
+    parser.add_argument("--burst", action="store_true", help="work until no task is owed, then exit")
+
+
+def worker_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the parsed options as keyword arguments for run_worker."""
+    return {
+        "concurrency": args.concurrency,
+        "lease_seconds": args.lease,
+        "burst": args.burst,
+        "grace_seconds": args.grace,
+    }

