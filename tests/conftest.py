@@ -1,11 +1,13 @@
 """Servers and waiting for the tests. No test touches a server that it did not start."""
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,3 +133,47 @@ def script(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             process.kill()
         process.communicate(timeout=30)
+
+
+class Proxy:
+    """A TCP proxy in front of a server. It drops both connections instead of passing on a reply with `cut_before`."""
+
+    def __init__(self, port: int, cut_before: bytes, most_cuts: int = 1) -> None:
+        self.target, self.cut_before, self.most_cuts = port, cut_before, most_cuts
+        self.cuts = 0
+        self.seen = b""  # what clients sent
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def __enter__(self) -> "Proxy":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:  # the listener is closed: the test is over
+                return
+            threading.Thread(target=self._pass, args=(client, server, False), daemon=True).start()
+            threading.Thread(target=self._pass, args=(server, client, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket, replies: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if not replies:
+                    self.seen += data
+                elif self.cut_before in data and self.cuts < self.most_cuts:
+                    self.cuts += 1
+                    break
+                target.sendall(data)
+        except OSError:
+            pass  # one side has gone, which the other is told below
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()

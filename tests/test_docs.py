@@ -18,7 +18,7 @@ def test_events_page_lists_the_events_of_keys() -> None:
 
 
 def test_readme_line_counts_are_those_of_the_files() -> None:
-    """The README's table names existing files with their line counts (to 10 %, so that a small edit need not touch it)."""
+    """The README's table names existing files with their line counts, to 10 %: a small edit need not touch it."""
     root = DOCS.parent
     rows = re.findall(r"^\| \[[^\]]+\]\(([^)]+)\) \| (\d+) \|", (root / "README.md").read_text(), re.MULTILINE)
     assert len(rows) > 10

@@ -1,0 +1,72 @@
+"""A worker for the tests to start, stop and kill: its handler does what the task's data says.
+
+Usage:   python tests/programs.py JOURNAL [options of a consumer] [--max-attempts N] [--backoff S]
+
+Each call of the handler writes two lines to the file JOURNAL: `begin` and `end`, with id, attempt and a clock that all
+processes of a machine share. So a test can see who worked when, whatever the streams say.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from task_streams import PermanentFailure, Task, TaskLog, run_worker
+from task_streams.cli import run
+from task_streams.worker import add_worker_arguments, worker_options
+
+
+class Journal:
+    def __init__(self, path: str) -> None:
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def write(self, what: str, task: Task) -> None:
+        entry = {"what": what, "id": task.id, "attempt": task.attempt, "at": time.monotonic(), "pid": os.getpid()}
+        os.write(self.file, f"{json.dumps(entry)}\n".encode())  # one write: lines of several processes do not mix
+
+
+def make_handler(journal: Journal) -> Any:
+    def handle(task: Task, log: TaskLog) -> Any:
+        data = task.data if isinstance(task.data, dict) else {}
+        journal.write("begin", task)
+        try:
+            for step in range(data.get("steps", 1)):
+                log.add("progress", percent=step, step=f"step {step}")
+                time.sleep(data.get("seconds", 0))
+            match data.get("then"):
+                case "raise":
+                    raise RuntimeError("as told")
+                case "raise once" if task.attempt == 1:
+                    raise RuntimeError("once, as told")
+                case "give up":
+                    raise PermanentFailure("it cannot work")
+                case "exit":
+                    sys.exit(3)
+                case "return nonsense":
+                    return {"a": object()}
+            return {"attempt": task.attempt}
+        finally:
+            journal.write("end", task)
+
+    return handle
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("journal")
+    parser.add_argument("--max-attempts", type=int, default=3)
+    parser.add_argument("--backoff", type=float, default=1.0)
+    add_worker_arguments(parser)
+    args = parser.parse_args()
+    handler = make_handler(Journal(args.journal))
+    options = worker_options(args)
+    return run_worker(handler, max_attempts=args.max_attempts, backoff_seconds=args.backoff, **options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,287 @@
+"""What is promised, tested by breaking things: kill -9, SIGSTOP, cut connections, restarts, a frozen server."""
+
+import json
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Proxy, Server, wait_until
+
+from task_streams import Event, TaskLog, TaskQueue, keys
+
+Start = Callable[..., "subprocess.Popen[str]"]
+WORKER = "tests/programs.py"
+KILL_EVERY_SECONDS = 0.3
+MOST_KILLS = 150
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+def entries(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+
+
+def all_ended(queue: TaskQueue) -> bool:
+    return queue.owed() == 0
+
+
+def check_streams(queue: TaskQueue, ids: list[str]) -> list[list[Event]]:
+    """Check what every history must show, whatever happened; return the events of each task."""
+    histories = []
+    for task_id in ids:
+        events = TaskLog(task_id, queue.redis).read()
+        names = [event.name for event in events]
+        assert [event.fields["seq"] for event in events] == list(range(1, len(events) + 1)), f"task {task_id}: {names}"
+        assert [event.is_terminal for event in events].count(True) == 1, f"task {task_id}: {names}"
+        assert events[-1].is_terminal, f"task {task_id}: {names}"
+        attempts = [event.fields["attempt"] for event in events]
+        assert attempts == sorted(attempts), f"task {task_id}: attempts interleave: {attempts}"
+        histories.append(events)
+    assert queue.redis.zcard(keys.UNFINISHED) == 0
+    assert queue.redis.zcard(keys.LEASES) == 0
+    assert queue.redis.llen(keys.QUEUE) == 0
+    return histories
+
+
+def completed(history: list[Event]) -> bool:
+    return history[-1].name == "completed"
+
+
+def test_kill_9_of_random_workers_loses_no_task(server: Server, script: Start, journal: Path) -> None:
+    """300 tasks, 3 workers at concurrency 5, one killed every 0.3 s: each task is completed, and ends once."""
+    queue = TaskQueue(server.client())
+    ids = [task.id for task in queue.put_many({"steps": 4, "seconds": 0.06} for _ in range(300))]
+    command = [WORKER, str(journal), "--concurrency", "5", "--lease", "2", "--max-attempts", "1000"]
+    workers = [script(server.url, *command, stderr=subprocess.DEVNULL) for _ in range(3)]
+    chance = random.Random(1)
+
+    kills = 0
+    while not all_ended(queue) and kills < MOST_KILLS:
+        time.sleep(KILL_EVERY_SECONDS)
+        victim = chance.randrange(3)
+        workers[victim].kill()
+        workers[victim] = script(server.url, *command, stderr=subprocess.DEVNULL)
+        kills += 1
+    wait_until(lambda: all_ended(queue), "all tasks ended", 60)
+
+    histories = check_streams(queue, ids)
+    assert all(completed(history) for history in histories)
+    assert kills >= 10
+    assert any(event.name == "worker_lost" for history in histories for event in history), "no kill hit a task"
+
+
+@pytest.mark.parametrize("point", ["popped", "claimed", "started", "handled", "completed"])
+def test_kill_at_a_fault_point_loses_nothing(server: Server, script: Start, journal: Path, point: str) -> None:
+    """A worker dies at this very line; the next one completes the task, and the stream ends once."""
+    queue = TaskQueue(server.client())
+    ids = [task.id for task in queue.put_many([{}, {}])]
+    victim = script(server.url, WORKER, str(journal), "--lease", "1", env={"TASK_STREAMS_FAULT": point})
+    victim.wait(timeout=30)
+
+    script(server.url, WORKER, str(journal), "--lease", "1", "--burst").communicate(timeout=30)
+
+    assert victim.returncode == -signal.SIGKILL
+    assert all(completed(history) for history in check_streams(queue, ids))
+    again = [entry for entry in entries(journal) if entry["id"] == ids[0] and entry["what"] == "begin"]
+    assert len(again) == (2 if point == "handled" else 1), "run again only if its end was not yet written"
+
+
+def test_connection_cut_while_brpop_is_answered_loses_nothing(server: Server, script: Start, journal: Path) -> None:
+    """The server pops the element, its answer never arrives: the audit finds the task, and it is completed once."""
+    queue = TaskQueue(server.client())
+    with Proxy(server.port, cut_before=b"task_queue") as proxy:
+        script(proxy.url, WORKER, str(journal), stderr=subprocess.DEVNULL)
+        wait_until(lambda: b"BRPOP" in proxy.seen, "the worker waits for a task")
+        task = queue.put({})
+        wait_until(lambda: proxy.cuts == 1, "the answer was cut")
+
+        wait_until(lambda: all_ended(queue), "the task ended")
+
+    assert [event.name for event in check_streams(queue, [task.id])[0]] == ["started", "progress", "completed"]
+
+
+@pytest.mark.parametrize(("lease", "bound"), [("5", 7.0), (None, 15.0)])
+def test_killed_workers_task_runs_again_in_time(
+    valkey: Server, script: Start, journal: Path, lease: str | None, bound: float
+) -> None:
+    """After kill -9 the task runs again within 7 s with --lease 5, and within 15 s by default."""
+    queue = TaskQueue(valkey.client())
+    queue.put({"seconds": 0.5, "steps": 200})
+    command = [WORKER, str(journal), *(["--lease", lease] if lease else [])]
+    victim = script(valkey.url, *command, stderr=subprocess.DEVNULL)
+    wait_until(lambda: entries(journal), "the first attempt has begun")
+    script(valkey.url, *command, stderr=subprocess.DEVNULL)
+    victim.kill()
+    killed_at = time.monotonic()
+
+    wait_until(lambda: len(entries(journal)) > 1, "the second attempt has begun", bound + 10)
+
+    assert entries(journal)[-1]["attempt"] == 2
+    assert entries(journal)[-1]["at"] - killed_at < bound
+
+
+def test_two_workers_never_hold_one_task(valkey: Server, script: Start, journal: Path) -> None:
+    """1,000 tasks under load, workers killed and stopped meanwhile: no two runs of one task overlap in time."""
+    queue = TaskQueue(valkey.client())
+    ids = [task.id for task in queue.put_many({"steps": 2, "seconds": 0.02} for _ in range(1000))]
+    command = [WORKER, str(journal), "--concurrency", "5", "--lease", "1", "--max-attempts", "1000"]
+    workers = [script(valkey.url, *command, stderr=subprocess.DEVNULL) for _ in range(3)]
+    wait_until(lambda: len(entries(journal)) > 100, "work is under way")
+    workers[0].kill()
+    workers[1].send_signal(signal.SIGSTOP)
+    workers.append(script(valkey.url, *command, stderr=subprocess.DEVNULL))
+
+    wait_until(lambda: all_ended(queue), "all tasks ended", 90)
+    workers[1].send_signal(signal.SIGCONT)
+
+    histories = check_streams(queue, ids)
+    assert all(completed(history) for history in histories)
+    stopped = {workers[0].pid, workers[1].pid}  # their handlers were cut off, and say no `end` in time
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries(journal):
+        runs.setdefault(entry["id"], []).append(entry)
+    for run in runs.values():
+        steps = [entry for entry in run if not (entry["what"] == "end" and entry["pid"] in stopped)]
+        for entry, following in pairwise(steps):
+            if entry["what"] == "begin" and entry["pid"] not in stopped:
+                assert following["what"] == "end", f"two at a time: {run}"
+                assert following["pid"] == entry["pid"], f"two at a time: {run}"
+
+
+def test_stopped_worker_writes_nothing_after_its_lease(server: Server, script: Start, journal: Path) -> None:
+    """SIGSTOP past the lease, another worker takes over; woken up, the first gets LeaseLost and is silent."""
+    queue = TaskQueue(server.client())
+    task = queue.put({"seconds": 0.2, "steps": 15})
+    command = [WORKER, str(journal), "--lease", "1"]
+    stopped = script(server.url, *command)
+    wait_until(lambda: len(queue.redis.xrange(keys.stream(task.id))) > 3, "the first is at work")
+    stopped.send_signal(signal.SIGSTOP)
+    script(server.url, *command, "--burst").communicate(timeout=30)
+    before = TaskLog(task.id, queue.redis).read()
+
+    stopped.send_signal(signal.SIGCONT)
+    wait_until(lambda: {"end"} <= {e["what"] for e in entries(journal) if e["pid"] == stopped.pid}, "it gave up")
+    stopped.terminate()
+    _, errors = stopped.communicate(timeout=30)
+
+    assert before[-1].name == "completed"
+    assert TaskLog(task.id, queue.redis).read() == before
+    assert [event.name for event in before].count("worker_lost") == 1
+    assert "the lease of task 1" in errors or "is written by its attempt 2" in errors
+
+
+def test_stopped_worker_alone_starts_a_new_attempt(valkey: Server, script: Start, journal: Path) -> None:
+    """With no other worker around, a worker that was stopped past its lease writes nothing more for that attempt."""
+    queue = TaskQueue(valkey.client())
+    task = queue.put({"seconds": 0.2, "steps": 10})
+    worker = script(valkey.url, WORKER, str(journal), "--lease", "1", stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(queue.redis.xrange(keys.stream(task.id))) > 3, "it is at work")
+    worker.send_signal(signal.SIGSTOP)
+    wait_until(lambda: queue.redis.zscore(keys.LEASES, task.id) < time.time() * 1000 - 200, "the lease is over")
+    before = TaskLog(task.id, queue.redis).read()
+
+    worker.send_signal(signal.SIGCONT)
+    wait_until(lambda: all_ended(queue), "the task ended")
+
+    history = check_streams(queue, [task.id])[0]
+    assert completed(history)
+    assert [e for e in history if e.fields["attempt"] == 1] == before
+    assert history[len(before)].name == "worker_lost"
+
+
+def test_frozen_server_doubles_no_task_and_no_event(server: Server) -> None:
+    """The server stops for 6.5 s in the middle of puts and appends: each task and each event is there once."""
+    writers = 4
+    queues = [TaskQueue(server.client()) for _ in range(writers)]
+    log = TaskLog("events", server.client())
+    put: list[list[str]] = [[] for _ in range(writers)]
+    added: list[str] = []
+    woken = threading.Event()
+
+    def go_on(count: int) -> bool:
+        return count < 200 or not woken.is_set()
+
+    def put_tasks(place: int) -> None:
+        while go_on(len(put[place])):
+            data = {"writer": place, "number": len(put[place])}
+            tasks = [queues[place].put(data)] if place < 2 else queues[place].put_many([data] * 20)
+            put[place] += [task.id for task in tasks]
+
+    def add_events() -> None:
+        while go_on(len(added)):
+            added.append(log.add("progress", percent=len(added)))
+
+    threads = [threading.Thread(target=put_tasks, args=(place,)) for place in range(writers)]
+    threads.append(threading.Thread(target=add_events))
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: all(put) and added, "all are at work")
+
+    server.send(signal.SIGSTOP)
+    time.sleep(6.5)  # longer than the socket's time-out of 5 s: what was sent is sent again
+    server.send(signal.SIGCONT)
+    woken.set()
+    for thread in threads:
+        thread.join(timeout=60)
+
+    ids = [task_id for part in put for task_id in part]
+    listed = [str(json.loads(element)["id"]) for element in queues[0].redis.lrange(keys.QUEUE, 0, -1)]
+    events = log.read()
+    assert sorted(listed) == sorted(ids)
+    assert len(set(ids)) == len(ids)
+    assert [event.id for event in events] == added
+    assert [event.fields["percent"] for event in events] == list(range(len(added)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_server_restart_loses_no_task(server: Server, script: Start, journal: Path, number: signal.Signals) -> None:
+    """The server goes down in the middle of 300 tasks and comes back with its append-only file: none is lost."""
+    client = server.client()
+    client.config_set("appendfsync", "always")
+    queue = TaskQueue(client)
+    ids = [task.id for task in queue.put_many({"steps": 2, "seconds": 0.05} for _ in range(300))]
+    command = [WORKER, str(journal), "--concurrency", "5", "--lease", "3", "--max-attempts", "100"]
+    workers = [script(server.url, *command) for _ in range(2)]
+    wait_until(lambda: len(entries(journal)) > 100, "a part is done")
+
+    server.stop(number)
+    time.sleep(1.5)  # down for so long that the workers cannot but notice
+    server.start()
+    wait_until(lambda: all_ended(queue), "all tasks ended", 60)
+    for worker in workers:
+        worker.terminate()
+    errors = [worker.communicate(timeout=30)[1] for worker in workers]
+
+    assert all(completed(history) for history in check_streams(queue, ids))
+    for text in errors:
+        assert text.count("Redis does not serve") == 1, text
+        assert text.count("Redis serves again") == 1, text
+        assert "Traceback" not in text
+
+
+def test_nothing_is_left_without_a_ttl(valkey: Server, script: Start, journal: Path) -> None:
+    """After all is finished, every key left has a TTL or is one of the fixed ones."""
+    queue = TaskQueue(valkey.client())
+    kinds = [{}, {"then": "raise once"}, {"then": "raise"}, {"then": "give up"}, {"then": "return nonsense"}]
+    queue.put_many(kinds)
+    queue.put({}, id="own")
+    cancelled = queue.put({})
+    queue.request_cancel(cancelled.id, "not wanted")
+    queue.redis.lpush(keys.QUEUE, '{"id": "by-hand", "data": {}}', "nonsense")
+    script(valkey.url, WORKER, str(journal), "--burst", "--lease", "1", "--backoff", "0.1").communicate(timeout=60)
+
+    left = {key: queue.redis.ttl(key) for key in queue.redis.scan_iter()}
+
+    assert queue.owed() == 0
+    assert [key for key, ttl in left.items() if ttl < 0 and key not in keys.FIXED] == []
+    assert len(left) > 3 * len(kinds)
