@@ -15,7 +15,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from ailf.messaging.redis import Client, blocking_client, connect, decode, encode, is_transient
+from ailf.messaging.redis import Client, blocking_client, connect, decode, encode, is_transient, reason_of
 
 from . import keys
 from .lua import load
@@ -235,7 +235,7 @@ def follow(
             if not is_transient(error):
                 raise
             if not away:
-                logger.warning("lost Redis (%s); waiting for it", error)
+                logger.warning("lost Redis (%s); waiting for it", reason_of(error))
             away = True
             seqs.clear()  # look at each stream anew: after a failover a cursor may be ahead of it
             time.sleep(next(wait))

@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from redis.exceptions import RedisError
 
-from ailf.messaging.redis import Client, connect, is_transient, url_of
+from ailf.messaging.redis import Client, connect, is_transient, reason_of, url_of
 
 from . import keys
 from .log import Lease, LeaseLost, StreamEnded, TaskCancelled, TaskLog
@@ -302,7 +302,7 @@ class _Worker:
         except RedisError as error:
             with self.trouble_lock:
                 if not self.trouble and is_transient(error):
-                    logger.warning("Redis does not serve (%s); waiting for it", error)
+                    logger.warning("Redis does not serve (%s); waiting for it", reason_of(error))
                 self.trouble.setdefault(kind, time.monotonic())
             raise
         if self.trouble:

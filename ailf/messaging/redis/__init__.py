@@ -1,6 +1,6 @@
 """Messaging utilities on Redis: the connection policy and the field codec."""
 
-from .client import Client, blocking_client, connect, explain, is_transient, safe_url, url_of
+from .client import Client, blocking_client, connect, explain, is_transient, reason_of, safe_url, url_of
 from .codec import decode, encode, from_json, to_json
 from .errors import RedisMessagingError, RedisUnavailable
 
@@ -15,6 +15,7 @@ __all__ = [
     "explain",
     "from_json",
     "is_transient",
+    "reason_of",
     "safe_url",
     "to_json",
     "url_of",

@@ -9,6 +9,7 @@ twice, and a repeated BRPOP may lose an element, so here nothing is repeated bli
 
 import logging
 import os
+import re
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
@@ -166,10 +167,15 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, errors.ResponseError) and str(error).startswith(words)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return an error's message as one short line, without the internals that redis-py and Lua scripts append."""
+    return re.split(r"\n|\.? script: | : <", str(error))[0].rstrip(".") or type(error).__name__
+
+
 def explain(error: BaseException, url: str) -> str:
     """Return one line for a person: what went wrong, at which URL (without its password), what to do."""
     where = f"Redis at {safe_url(url)}"
-    reason = str(error).partition("\n")[0].partition(" : <")[0].rstrip(".") or type(error).__name__
+    reason = reason_of(error)
     if isinstance(error, errors.AuthenticationError | errors.NoPermissionError):
         return f"{where} refused the login or the command ({reason}). Check the user and password in REDIS_URL."
     if isinstance(error, errors.BusyLoadingError):

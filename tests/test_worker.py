@@ -1,0 +1,428 @@
+"""The loop around a handler: what a worker does with every kind of task, signal and trouble."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Server, wait_until
+from redis import Redis
+
+from task_streams import Event, NoSuchTask, TaskLog, TaskQueue, keys
+from task_streams.worker import cancel_task
+
+Start = Callable[..., "subprocess.Popen[str]"]
+Work = Callable[..., "tuple[int, str]"]
+WORKER = "tests/programs.py"
+
+
+@pytest.fixture
+def queue(valkey: Server) -> TaskQueue:
+    return TaskQueue(valkey.client())
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def worker(valkey: Server, script: Start, journal: Path) -> Start:
+    """Start a worker in the background: worker("--lease", "1")."""
+    return lambda *options: script(valkey.url, WORKER, str(journal), *options)
+
+
+@pytest.fixture
+def drain(worker: Start) -> Work:
+    """Run a worker until nothing is owed; return its exit code and what it said."""
+
+    def run(*options: str) -> tuple[int, str]:
+        process = worker("--burst", "--lease", "1", "--backoff", "0.2", *options)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
+
+    return run
+
+
+def events_of(queue: TaskQueue, task_id: str) -> list[Event]:
+    return TaskLog(task_id, queue.redis).read()
+
+
+def names(queue: TaskQueue, task_id: str) -> list[str]:
+    return [event.name for event in events_of(queue, task_id)]
+
+
+def begun(journal: Path) -> list[dict[str, Any]]:
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return [entry for entry in map(json.loads, lines) if entry["what"] == "begin"]
+
+
+# -- outcomes ---------------------------------------------------------------------------------------------------
+
+
+def test_task_is_completed_with_the_handlers_result(queue: TaskQueue, drain: Work) -> None:
+    """The stream says started, the handler's events, completed with result and duration; the record agrees."""
+    task = queue.put({})
+
+    code, errors = drain()
+
+    events = events_of(queue, task.id)
+    assert [event.name for event in events] == ["started", "progress", "completed"]
+    assert set(events[-1].fields) == {"timestamp", "attempt", "seq", "result", "duration_ms"}
+    record = queue.get(task.id)
+    assert record is not None
+    assert (record["status"], record["result"]) == ("completed", {"attempt": 1})
+    assert code == 0
+    assert "Traceback" not in errors
+
+
+def test_failing_task_is_retried_with_backoff_then_given_up(queue: TaskQueue, drain: Work) -> None:
+    """Three attempts, each with its error; the pauses double; then failed, and the task is in `dead`."""
+    task = queue.put({"then": "raise"})
+
+    drain()
+
+    events = events_of(queue, task.id)
+    assert [e.name for e in events] == ["started", "progress", "error"] * 3 + ["failed"]
+    errors = [e.fields for e in events if e.name == "error"]
+    assert [(e["error"], e["error_type"], e["will_retry"]) for e in errors] == [
+        ("as told", "RuntimeError", True),
+        ("as told", "RuntimeError", True),
+        ("as told", "RuntimeError", False),
+    ]
+    assert events[-1].fields["attempts"] == 3
+    at = [int(e.id.split("-")[0]) for e in events if e.name in ("started", "error")]
+    assert at[2] - at[1] >= 200
+    assert at[4] - at[3] >= 400
+    letter = json.loads(queue.redis.lrange(keys.DEAD, 0, -1)[0])
+    assert letter == {"id": task.id, "data": {"then": "raise"}, "reason": "as told", "attempts": 3}
+
+
+def test_task_that_fails_once_is_completed(queue: TaskQueue, drain: Work) -> None:
+    """The second attempt succeeds, and burst waits for it."""
+    task = queue.put({"then": "raise once"})
+
+    drain()
+
+    assert names(queue, task.id) == ["started", "progress", "error", "started", "progress", "completed"]
+
+
+def test_permanent_failure_is_not_retried(queue: TaskQueue, drain: Work) -> None:
+    """PermanentFailure fails the task at once, without a traceback in the worker's log."""
+    task = queue.put({"then": "give up"})
+
+    _, errors = drain()
+
+    assert names(queue, task.id) == ["started", "progress", "error", "failed"]
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("then", "kind"), [("exit", "SystemExit"), ("return nonsense", "TypeError")])
+def test_handler_cannot_stop_the_worker(queue: TaskQueue, drain: Work, then: str, kind: str) -> None:
+    """sys.exit() in a handler and a result that is not JSON are failures of that task only."""
+    bad, good = queue.put_many([{"then": then}, {}])
+
+    drain("--max-attempts", "1")
+
+    assert events_of(queue, bad.id)[-2].fields["error_type"] == kind
+    assert names(queue, bad.id)[-1] == "failed"
+    assert names(queue, good.id)[-1] == "completed"
+
+
+def test_malformed_elements_do_not_stop_the_worker(queue: TaskQueue, drain: Work) -> None:
+    """What is no task goes to `dead` with the reason, and the task after it is done."""
+    queue.redis.lpush(keys.QUEUE, b"\xff\xfe", "nonsense", "[1]", '{"id": 1}', '{"id": 2.5, "data": 1}', "[" * 100_000)
+    task = queue.put({}, id="good")
+
+    drain()
+
+    reasons = [json.loads(letter)["reason"] for letter in queue.redis.lrange(keys.DEAD, 0, -1)]
+    assert len(reasons) == 6
+    assert all(reasons)
+    assert names(queue, task.id)[-1] == "completed"
+
+
+def test_task_pushed_by_hand_is_done(queue: TaskQueue, drain: Work) -> None:
+    """An element that any client pushed becomes a task like any other."""
+    queue.redis.lpush(keys.QUEUE, '{"id":"by-hand","data":{}}')
+
+    drain()
+
+    assert names(queue, "by-hand") == ["started", "progress", "completed"]
+
+
+def test_tasks_run_at_the_same_time(queue: TaskQueue, drain: Work, journal: Path) -> None:
+    """With --concurrency 10, ten tasks are under way at once."""
+    queue.put_many({"seconds": 0.5} for _ in range(10))
+
+    drain("--concurrency", "10")
+
+    begins = [entry["at"] for entry in begun(journal)]
+    ends = [json.loads(line)["at"] for line in journal.read_text().splitlines() if '"end"' in line]
+    assert max(begins) < min(ends)
+
+
+def test_worker_that_dies_on_a_task_again_and_again_gives_it_up(
+    queue: TaskQueue, worker: Start, drain: Work, journal: Path
+) -> None:
+    """A task that kills its worker three times fails, instead of killing workers for ever."""
+    task = queue.put({"seconds": 30})
+    for attempt in (1, 2, 3):
+        victim = worker("--lease", "1")
+        wait_until(lambda attempt=attempt: len(begun(journal)) == attempt, f"attempt {attempt}")  # type: ignore[misc]
+        victim.kill()
+        victim.wait()
+
+    drain()
+
+    assert names(queue, task.id)[-2:] == ["worker_lost", "failed"]
+    assert queue.redis.llen(keys.DEAD) == 1
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_running_tasks_finish(
+    queue: TaskQueue, worker: Start, journal: Path, number: signal.Signals
+) -> None:
+    """After SIGTERM or Ctrl-C the running task is completed, no other is taken, and the exit code is 0."""
+    running, waiting = queue.put_many([{"seconds": 0.7}, {}])
+    process = worker()
+    wait_until(lambda: begun(journal), "the task runs")
+
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+
+    assert names(queue, running.id)[-1] == "completed"
+    assert names(queue, waiting.id) == []
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_tasks_that_outlast_the_grace_are_handed_back(
+    queue: TaskQueue, worker: Start, drain: Work, journal: Path
+) -> None:
+    """What is not done within --grace runs again at once, before its lease would have ended, and no failure counts."""
+    task = queue.put({"seconds": 3})
+    process = worker("--grace", "0.3", "--lease", "60")
+    wait_until(lambda: begun(journal), "the task runs")
+
+    process.terminate()
+    process.communicate(timeout=30)
+    assert queue.redis.zcard(keys.LEASES) == 0
+    drain()
+
+    record = queue.get(task.id)
+    assert record is not None
+    assert (record["status"], record["attempts"], record["failures"]) == ("completed", 2, 0)
+    assert names(queue, task.id) == ["started", "progress", "started", "progress", "completed"]
+
+
+def test_second_ctrl_c_leaves_at_once(queue: TaskQueue, worker: Start, journal: Path) -> None:
+    """The second Ctrl-C does not wait for the grace; the task is handed back, the exit code is 130."""
+    queue.put({"seconds": 60})
+    process = worker("--grace", "60")
+    wait_until(lambda: begun(journal), "the task runs")
+
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "stopping" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+
+    assert process.returncode == 130
+    assert queue.redis.llen(keys.QUEUE) == 1
+
+
+def test_burst_waits_for_what_a_dead_worker_left(queue: TaskQueue, worker: Start, drain: Work, journal: Path) -> None:
+    """Burst ends when nothing is owed: it takes over the task of a worker that was killed."""
+    task = queue.put({"seconds": 0.5})
+    victim = worker("--lease", "1")
+    wait_until(lambda: begun(journal), "the task runs")
+    victim.kill()
+
+    code, _ = drain()
+
+    assert code == 0
+    assert names(queue, task.id)[-1] == "completed"
+
+
+# -- Redis away, full, read-only --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(tmp_path: Path) -> Path:
+    """Where a worker's stderr goes, to be read while it runs: script(…, stderr=said.open("w"))."""
+    return tmp_path / "said"
+
+
+def says_once(said: Path, went: str) -> None:
+    """Check that trouble and its end were each said in one line, and nothing was a traceback."""
+    wait_until(lambda: "Redis serves again" in said.read_text(), "it says that Redis is back")
+    lines = said.read_text().splitlines()
+    assert sum("Redis does not serve" in line and went in line for line in lines) == 1, lines
+    assert sum("Redis serves again" in line for line in lines) == 1, lines
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_idle_worker_survives_a_restart_and_says_so_once(
+    valkey: Server, queue: TaskQueue, script: Start, journal: Path, said: Path
+) -> None:
+    """The server is away for two seconds: one line when it goes, one when it is back, then tasks are done."""
+    with said.open("w") as stderr:
+        script(valkey.url, WORKER, str(journal), stderr=stderr)
+    wait_until(lambda: any(c["cmd"] == "brpop" for c in queue.redis.client_list()), "the worker waits")
+
+    valkey.stop()
+    time.sleep(2)  # away for so long that it fails more than once
+    valkey.start()
+    task = queue.put({})
+
+    wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task is done")
+    says_once(said, "onnection")
+
+
+def spoil_memory(client: "Redis") -> None:
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", "1")
+
+
+def mend_memory(client: "Redis") -> None:
+    client.config_set("maxmemory", "0")
+
+
+def spoil_role(client: "Redis") -> None:
+    client.config_set("replica-serve-stale-data", "yes")
+    client.replicaof("127.0.0.1", "1")
+
+
+def mend_role(client: "Redis") -> None:
+    client.replicaof("NO", "ONE")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "mend", "word"), [(spoil_memory, mend_memory, "memory"), (spoil_role, mend_role, "read only")]
+)
+@pytest.mark.parametrize("running", [False, True])
+def test_worker_waits_for_a_server_that_cannot_write(
+    server: Server,
+    script: Start,
+    journal: Path,
+    said: Path,
+    running: bool,
+    spoil: Callable[["Redis"], None],
+    mend: Callable[["Redis"], None],
+    word: str,
+) -> None:
+    """Memory full or a replica, with a task waiting or under way: the worker says so once, waits, and goes on."""
+    queue = TaskQueue(server.client())
+    command = [WORKER, str(journal), "--lease", "20"]
+    task = queue.put({"seconds": 0.1, "steps": 10})
+    with said.open("w") as stderr:
+        if running:
+            script(server.url, *command, stderr=stderr)
+            wait_until(lambda: begun(journal), "the task runs")
+        spoil(queue.redis)
+        if not running:
+            script(server.url, *command, stderr=stderr)
+    wait_until(lambda: "Redis does not serve" in said.read_text(), "the worker has noticed")
+    time.sleep(2)  # spoilt for so long that many tries fail
+
+    mend(queue.redis)
+    wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task is done")
+
+    says_once(said, word)
+    assert names(queue, task.id).count("started") == 1
+
+
+def test_leases_are_renewed_while_memory_is_full(server: Server, script: Start, journal: Path) -> None:
+    """In full memory a running task keeps its lease, three times over, and is completed by its first attempt."""
+    queue = TaskQueue(server.client())
+    task = queue.put({"seconds": 4, "steps": 1})
+    process = script(server.url, WORKER, str(journal), "--lease", "1")
+    wait_until(lambda: begun(journal), "the task runs")
+
+    spoil_memory(queue.redis)
+    time.sleep(3)  # three leases long
+    mend_memory(queue.redis)
+    wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task is done")
+    process.terminate()
+
+    assert names(queue, task.id) == ["started", "progress", "completed"]
+
+
+# -- cancelling -------------------------------------------------------------------------------------------------
+
+
+def test_waiting_task_is_cancelled_at_once(queue: TaskQueue, drain: Work, journal: Path) -> None:
+    """It ends without a worker; its element is dropped when it is popped."""
+    task = queue.put({})
+
+    outcome = cancel_task(queue, task.id, "not wanted")
+    drain()
+
+    assert outcome == "cancelled"
+    assert names(queue, task.id) == ["cancelled"]
+    assert begun(journal) == []
+
+
+def test_running_task_stops_at_its_next_step(queue: TaskQueue, worker: Start, journal: Path) -> None:
+    """Its worker learns of it with the next heartbeat; the stream ends in cancelled, with the reason."""
+    task = queue.put({"seconds": 0.1, "steps": 1000})
+    process = worker("--lease", "1")
+    wait_until(lambda: begun(journal), "the task runs")
+
+    outcome = cancel_task(queue, task.id, "not wanted")
+    wait_until(lambda: names(queue, task.id)[-1:] == ["cancelled"], "it is cancelled")
+    wait_until(lambda: queue.owed() == 0, "nothing is owed")
+    process.terminate()
+
+    assert outcome == "requested"
+    assert events_of(queue, task.id)[-1].fields["reason"] == "not wanted"
+
+
+def test_resting_task_is_cancelled(queue: TaskQueue, worker: Start) -> None:
+    """A task that waits for its retry, here a minute, ends within seconds."""
+    task = queue.put({"then": "raise"})
+    process = worker("--backoff", "60")
+    wait_until(lambda: (queue.get(task.id) or {}).get("status") == "retrying", "it rests")
+
+    cancel_task(queue, task.id, "not wanted")
+    wait_until(lambda: names(queue, task.id)[-1:] == ["cancelled"], "it is cancelled", 10)
+    process.terminate()
+
+    assert queue.owed() == 0
+
+
+def test_ended_or_unknown_task_cannot_be_cancelled(queue: TaskQueue, drain: Work) -> None:
+    """The error says which."""
+    task = queue.put({})
+    drain()
+
+    with pytest.raises(ValueError, match="has ended already: completed"):
+        cancel_task(queue, task.id, "too late")
+    with pytest.raises(NoSuchTask, match="no task 99"):
+        cancel_task(queue, "99", "nobody")
+
+
+# -- options ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--concurrency", "0"), ("--concurrency", "x"), ("--lease", "nan"), ("--lease", "0.1"), ("--grace", "-1")],
+)
+def test_bad_option_is_refused_in_one_line(worker: Start, option: tuple[str, str]) -> None:
+    """A number that makes no sense is a usage error, exit code 2."""
+    process = worker(*option)
+    _, errors = process.communicate(timeout=30)
+
+    assert process.returncode == 2
+    assert option[0] in errors.splitlines()[-1]
