@@ -20,7 +20,8 @@ check: .venv/ready  ## formatting, lint, types
 stop: .venv/ready  ## stop the embedded server (its data stay in .redis/)
 	@$(BIN)/python -m ailf.messaging.redis stop
 
-clean: stop  ## stop it, and remove its data, the outbox and .venv
+clean:  ## stop it, and remove its data, the outbox and .venv
+	@if [ -e .venv/ready ]; then $(BIN)/python -m ailf.messaging.redis stop; fi
 	rm -rf .redis outbox .venv
 
 .venv/ready: requirements.txt

@@ -9,6 +9,7 @@ Every change is one script on keys of one slot, and repeating it changes nothing
 lost. Only BRPOP cannot be: what it popped in vain, recover finds in the ledger.
 """
 
+import logging
 import re
 import uuid
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,8 @@ from . import keys
 from .lua import load
 from .retrying import repeat
 
+logger = logging.getLogger(__name__)
+
 MAX_DATA_BYTES = 1_000_000  # of a task's data as JSON; larger things belong in a file that the task names
 RECENT_TASKS = 10_000  # ids kept for lists
 DEAD_LETTERS = 100_000  # kept in `dead`; older ones go
@@ -31,6 +34,8 @@ LEASE_SECONDS = 10.0  # a killed worker's tasks run again within 15 s; a frozen 
 BLOCK_SECONDS = 1.0  # of one BRPOP: short, so that Ctrl-C is noticed within a second
 AUDIT_GRACE_MS = 1_000  # how long a popped task may stay unclaimed
 AUDIT_LIMIT = 1_000  # of the ledger looked at in one audit
+AUDIT_LIST = 10_000  # elements among which a suspected task is looked for
+AUDIT_AGAIN_MS = 10_000  # how long a task that was found there is not suspected again
 PUT_BATCH = 500  # tasks per pipeline
 PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
 
@@ -213,6 +218,7 @@ class TaskQueue:
             [task_id, token, worker, int(lease_seconds * 1000), data, RECENT_TASKS],
         )
         if reply[0] != "claimed":
+            logger.info("task %s: dropped a copy of it (%s)", task_id, reply[0])
             return None
         _, data, attempt, failures, lost, cancel = reply
         return Task(task_id, from_json(data), int(attempt), token, int(failures), lost, cancel)
@@ -258,7 +264,7 @@ class TaskQueue:
             for task_id in ids:
                 self._scripts["recover"](
                     keys=[keys.QUEUE, keys.record(task_id), keys.LEASES, keys.UNFINISHED],
-                    args=[task_id, _id_json(task_id)],
+                    args=[task_id, _id_json(task_id), AUDIT_LIST, AUDIT_AGAIN_MS],
                     client=pipe,
                 )
             return int(sum(pipe.execute()))

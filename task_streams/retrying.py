@@ -1,5 +1,6 @@
 """Repeat what may safely be repeated while Redis is away."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -7,10 +8,12 @@ from typing import TypeVar
 
 from redis.exceptions import RedisError
 
-from ailf.messaging.redis import is_transient
+from ailf.messaging.redis import is_transient, reason_of
 
 FIRST_DELAY_SECONDS = 0.05
 LONGEST_DELAY_SECONDS = 1.0  # so that work goes on within a second of the server's return
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -25,12 +28,16 @@ def delays() -> Iterator[float]:
 
 def repeat(call: Callable[[], T], patience_seconds: float) -> T:
     """Call an idempotent function until it succeeds, for patience_seconds at most; then raise its last error."""
-    deadline = time.monotonic() + patience_seconds
+    began = time.monotonic()
+    warned = False
     for delay in delays():
         try:
             return call()
         except RedisError as error:
-            if not is_transient(error) or time.monotonic() + delay > deadline:
+            if not is_transient(error) or time.monotonic() + delay > began + patience_seconds:
                 raise
+            if not warned:
+                logger.warning("Redis does not serve (%s); trying for %g s", reason_of(error), patience_seconds)
+            warned = True
         time.sleep(delay)
     raise AssertionError("delays() never ends")

@@ -211,7 +211,8 @@ class _Worker:
             self.work(task, log)
         except StreamEnded:  # a worker died between the terminal event and finish: the event counts
             if (last := log.last()) is not None and last.is_terminal:
-                self.finish(task, last.name, last.fields.get("result", last.fields.get("error")))  # type: ignore[arg-type]
+                outcome = [last.fields[name] for name in ("result", "error", "reason") if name in last.fields]
+                self.finish(task, last.name, next(iter(outcome), None))  # type: ignore[arg-type]
         except LeaseLost as error:
             logger.warning("%s; leaving it", error)
         finally:

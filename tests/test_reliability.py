@@ -285,3 +285,20 @@ def test_nothing_is_left_without_a_ttl(valkey: Server, script: Start, journal: P
     assert queue.owed() == 0
     assert [key for key, ttl in left.items() if ttl < 0 and key not in keys.FIXED] == []
     assert len(left) > 3 * len(kinds)
+
+
+def test_waiting_tasks_are_not_pushed_again_and_again(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that were pushed again wait behind busy workers, in no order: audit after audit adds no copies."""
+    monkeypatch.setattr("task_streams.queue.AUDIT_GRACE_MS", 0)
+    queue = TaskQueue(valkey.client())
+    queue.put_many({"n": n} for n in range(50))
+    for _ in range(30):
+        assert queue.take(lease_seconds=0.001)
+    wait_until(lambda: queue.recover() == 0, "all were pushed again")
+    waiting = queue.redis.llen(keys.QUEUE)
+
+    pushed = [queue.recover() for _ in range(50)]
+
+    assert waiting == 50
+    assert queue.redis.llen(keys.QUEUE) == 50
+    assert not any(pushed)
