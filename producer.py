@@ -12,10 +12,8 @@ See:     tutorial/part3.md
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -53,13 +51,22 @@ def tasks_from_arguments(args: argparse.Namespace) -> list[Any]:
     if args.type is None:
         return TUTORIAL_TASKS
     try:
-        payload = from_json(args.payload)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--payload is not JSON: {error}") from error
-    return [{"type": args.type, "payload": payload}]
+        return [{"type": args.type, "payload": parse(args.payload)}]
+    except ValueError as error:
+        raise UsageError(f"--payload: {error}") from error
 
 
-def read_tasks(lines: TextIO, skip_bad: bool) -> list[Any]:
+def parse(text: str) -> Any:
+    """Parse JSON; ValueError, in words for a person, where it is none."""
+    try:
+        return from_json(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def read_tasks(lines: TextIO, name: str, skip_bad: bool) -> list[Any]:
     """Return the tasks of a JSON Lines file; blank lines are skipped. A bad line is reported with its number."""
     tasks, bad = [], 0
     for number, line in enumerate(_lines(lines), start=1):
@@ -67,10 +74,11 @@ def read_tasks(lines: TextIO, skip_bad: bool) -> list[Any]:
             continue
         try:
             tasks.append(_checked_task(line))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             bad += 1
-            reason = "nested too deep" if isinstance(error, RecursionError) else error
-            print(f"{lines.name}, line {number}: {reason}", file=sys.stderr)
+            print(f"{name}, line {number}: {error}", file=sys.stderr)
+    if not tasks and not bad:
+        print(f"{name}: no tasks in it", file=sys.stderr)
     if bad and not skip_bad:
         raise UsageError(f"{bad} bad line(s), so nothing was queued; --skip-bad queues the other {len(tasks)}")
     return tasks
@@ -87,7 +95,9 @@ def _lines(lines: TextIO) -> Iterator[str]:
 def _checked_task(line: str) -> Any:
     if len(line) >= MAX_LINE_CHARS:
         raise ValueError(f"longer than {MAX_LINE_CHARS:,} characters")
-    task = from_json(line)
+    if any("\udc80" <= character <= "\udcff" for character in line):
+        raise ValueError("not UTF-8")
+    task = parse(line)
     if not isinstance(task, dict) or not isinstance(task.get("type"), str):
         raise ValueError('not a task: expected {"type": "…", "payload": {…}}')
     TaskQueue.check(task)
@@ -165,10 +175,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def produce(args: argparse.Namespace) -> None:
     if args.from_file is not None:
-        stdin = contextlib.nullcontext(sys.stdin)
-        # newline="\n": only a line feed ends a JSON line
-        with stdin if args.from_file == "-" else Path(args.from_file).open(encoding="utf-8", newline="\n") as lines:
-            tasks = read_tasks(lines, args.skip_bad)
+        try:
+            source = sys.stdin.fileno() if args.from_file == "-" else args.from_file
+            # newline="\n": only a line feed ends a JSON line. surrogateescape: a line that is not UTF-8 is named
+            with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:  # noqa: PTH123
+                tasks = read_tasks(lines, "standard input" if args.from_file == "-" else args.from_file, args.skip_bad)
+        except OSError as error:
+            raise UsageError(f"cannot read {args.from_file}: {error.strerror}") from error
     elif args.cancel is None and not args.requeue_dead:
         tasks = tasks_from_arguments(args)
         for task in tasks:
