@@ -23,7 +23,7 @@ from redis.sentinel import SentinelConnectionPool
 from . import embedded
 from .errors import RedisUnavailable
 
-SOCKET_SECONDS = 5.0  # how long a reply may take; blocking commands have a client of their own (blocking_client)
+SOCKET_SECONDS = 4.0  # how long a reply may take: a silent server is given up within 5 s; see blocking_client
 CONNECT_SECONDS = 2.0  # two addresses (IPv6, IPv4) and a PING stay within 5 s
 MARGIN_SECONDS = 5.0  # how much later than its block time a blocking command's reply may come
 
@@ -146,9 +146,10 @@ def url_of(client: Client) -> str:
 def safe_url(url: str) -> str:
     """Return a URL without its password. safe_url("redis://me:secret@db:6379") -> 'redis://me@db:6379'"""
     parts = urlsplit(url)
-    login, at, host = parts.netloc.rpartition("@")
+    login, _, host = parts.netloc.rpartition("@")
+    user = login.partition(":")[0]
     query = urlencode([(k, v) for k, v in parse_qsl(parts.query) if "password" not in k])
-    return urlunsplit((parts.scheme, login.partition(":")[0] + (at if login else "") + host, parts.path, query, ""))
+    return urlunsplit((parts.scheme, f"{user}@{host}" if user else host, parts.path, query, ""))
 
 
 def is_transient(error: BaseException) -> bool:
