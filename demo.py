@@ -56,7 +56,16 @@ def main(argv: list[str] | None = None) -> int:
     ids = [put(command) for command in COMMANDS]
     with tempfile.TemporaryFile("w+") as agent_log:
         say("python agent_consumer.py --concurrency 3 &")
-        agent_command = [sys.executable, "agent_consumer.py", "--concurrency", "3", "--llm-delay", args.llm_delay]
+        agent_command = [
+            sys.executable,
+            "agent_consumer.py",
+            "--concurrency",
+            "3",
+            "--llm-delay",
+            args.llm_delay,
+            "--grace",
+            "2",
+        ]
         # a session of its own: Ctrl-C here ends the reader first, then we end the agent
         agent = subprocess.Popen(agent_command, cwd=HERE, stderr=agent_log, start_new_session=True)
         try:

@@ -141,13 +141,18 @@ def choose_category(columns: dict[str, Any]) -> str | None:
 
 
 def choose_number(columns: dict[str, Any]) -> str | None:
-    """Return the number column that looks most like money, else the last one."""
+    """Return the number column that looks most like money, else the one that varies most."""
     numbers = [name for name, column in columns.items() if column["type"] == "number"]
     for word in MONEY:
         for name in numbers:
             if word in name.lower():
                 return name
-    return numbers[-1] if numbers else None
+    return max(reversed(numbers), key=lambda name: spread(columns[name]), default=None)
+
+
+def spread(column: dict[str, Any]) -> float:
+    """Return a column's standard deviation as a share of its mean."""
+    return float(column.get("stdev") or 0) / abs(column.get("mean") or 1)
 
 
 def summarise(file: str, number: str | None, tried: dict[str, Any]) -> str:

@@ -140,7 +140,7 @@ class _Worker:
                 if time.monotonic() >= recover_at:
                     recover_at = time.monotonic() + RECOVER_SECONDS
                     if recovered := self.attempt("recover", self.queue.recover):
-                        logger.info("pushed %d task(s) again that nobody worked on", recovered)
+                        logger.info("pushed %d task(s) again: a retry is due, or a worker was lost", recovered)
                 if not slots.acquire(timeout=POLL_SECONDS):
                     continue
                 element = None

@@ -1,0 +1,531 @@
+"""The scripts, as a person types them: what they print, and the exit code."""
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import Server, lacking, wait_until
+
+from task_streams import TaskLog, TaskQueue, keys
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+@pytest.fixture
+def queue(valkey: Server) -> TaskQueue:
+    return TaskQueue(valkey.client())
+
+
+@pytest.fixture
+def run(valkey: Server, script: Start) -> Callable[..., Result]:
+    """Type a command and wait for its end: run("producer.py", "--count", "3", stdin="…")."""
+
+    def run(*command: str, stdin: str | bytes = b"", url: str = valkey.url, traceback: bool = False) -> Result:
+        process = script(url, *command, stdin=subprocess.PIPE, text=False)
+        out, err = process.communicate(stdin.encode() if isinstance(stdin, str) else stdin, timeout=60)  # type: ignore[arg-type]
+        assert traceback is (b"Traceback" in err), err.decode()  # type: ignore[operator]
+        return Result(process.returncode, out.decode(), err.decode())  # type: ignore[attr-defined]
+
+    return run
+
+
+Run = Callable[..., Result]
+
+
+def elements(queue: TaskQueue) -> list[Any]:
+    return [json.loads(element) for element in reversed(queue.redis.lrange(keys.QUEUE, 0, -1))]
+
+
+def finished(queue: TaskQueue, outcome: str = "completed", events: int = 0) -> str:
+    """Put a task and bring it to its end without a worker; return its id."""
+    task = queue.put({"type": "process_data"})
+    taken = queue.take(worker="test")
+    assert taken is not None
+    log = TaskLog(task.id, queue.redis, attempt=taken.attempt, token=taken.token)
+    log.add("started", worker="test")
+    for n in range(events):
+        log.add("progress", percent=n, step=f"step {n}")
+    log.add(outcome, **({"result": {"n": 1}, "duration_ms": 5} if outcome == "completed" else {}))
+    queue.finish(taken, outcome, None)  # type: ignore[arg-type]
+    return task.id
+
+
+# -- producer.py ------------------------------------------------------------------------------------------------
+
+
+def test_producer_without_arguments_puts_the_tutorials_two_tasks(run: Run, queue: TaskQueue) -> None:
+    """process_data and send_email; in a pipe the ids come one a line."""
+    result = run("producer.py")
+
+    assert (result.code, result.lines) == (0, ["1", "2"])
+    assert [element["data"]["type"] for element in elements(queue)] == ["process_data", "send_email"]
+
+
+def test_producer_commands_make_tasks(run: Run, queue: TaskQueue) -> None:
+    """summarise, send-email, --type with --payload and --count, each as the README types it."""
+    run("producer.py", "summarise", "a.csv", "b.csv")
+    run("producer.py", "send-email", "--to", "ann@example.org", "--subject", "S", "--body", "B")
+    run("producer.py", "--type", "t", "--payload", '{"n": 1}', "--count", "2")
+    run("producer.py", "--type", "t", "--id", "mine")
+    again = run("producer.py", "--type", "t", "--id", "mine")
+
+    assert [element["data"] for element in elements(queue)] == [
+        {"type": "process_data", "payload": {"file": "a.csv"}},
+        {"type": "process_data", "payload": {"file": "b.csv"}},
+        {"type": "send_email", "payload": {"to": "ann@example.org", "subject": "S", "body": "B"}},
+        {"type": "t", "payload": {"n": 1}},
+        {"type": "t", "payload": {"n": 1}},
+        {"type": "t", "payload": {}},
+    ]
+    assert again.lines == ["mine"]
+
+
+GOOD = '{"type": "t", "payload": {}}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (GOOD + "nonsense\n", "line 2: not JSON"),
+        (GOOD + "\n\n" + '{"type": 5}\n', "line 4: not a task"),
+        (GOOD.encode() + b'{"type": "\xff"}\n', "line 2: not UTF-8"),
+        (GOOD + '{"type": "t", "payload": NaN}\n', "line 2: not JSON: NaN"),
+        (GOOD + "[" * 100_000 + "\n", "line 2: nested too deep"),
+        (GOOD + '{"type": "t", "payload": "' + "x" * 1_100_000 + '"}\n', "line 2: the task's data has 1,100,0"),
+        (GOOD + "x" * 3_000_000 + "\n", "line 2: longer than 2,000,000"),
+    ],
+    ids=["not JSON", "no task", "not UTF-8", "NaN", "deep", "large", "long line"],
+)
+def test_bad_line_is_named_and_nothing_is_queued_unless_told(
+    run: Run, queue: TaskQueue, text: str | bytes, complaint: str
+) -> None:
+    """The line's number and what is wrong; with --skip-bad the good ones are queued all the same."""
+    refused = run("producer.py", "--from-file", "-", stdin=text)
+    queued = queue.redis.llen(keys.QUEUE)
+    skipped = run("producer.py", "--from-file", "-", "--skip-bad", stdin=text)
+
+    assert (refused.code, refused.out, queued) == (1, "", 0)
+    assert complaint in refused.err
+    assert len(refused.err.splitlines()) == 2
+    assert (skipped.code, skipped.lines) == (0, ["1"])
+
+
+def test_file_of_tasks_is_queued_in_order(run: Run, queue: TaskQueue, tmp_path: Path) -> None:
+    """A byte order mark, Windows line ends and blank lines do no harm."""
+    file = tmp_path / "tasks.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b"".join(b'{"type": "t", "payload": %d}\r\n\r\n' % n for n in range(2_500)))
+
+    result = run("producer.py", "--from-file", str(file))
+
+    assert result.lines == [str(n) for n in range(1, 2_501)]
+    assert [element["data"]["payload"] for element in elements(queue)] == list(range(2_500))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--from-file", "/nonexistent"), "cannot read /nonexistent: No such file"),
+        (("--from-file", "/tmp"), "cannot read /tmp: Is a directory"),
+        (("--type", "t", "--payload", "{"), "--payload: not JSON"),
+        (("--type", "t", "--payload", "NaN"), "--payload: not JSON: NaN"),
+        (("--type", "t", "--payload", "[" * 100_000), "--payload: nested too deep"),
+        (("--type", "t", "--id", "7"), "numbers belong to task_id_counter"),
+        (("--cancel", "nobody"), "no task nobody"),
+    ],
+    ids=lambda value: value[-1][:12] if isinstance(value, tuple) else "",
+)
+def test_producers_mistakes_are_one_line(run: Run, arguments: tuple[str, ...], complaint: str) -> None:
+    """What is wrong, with its value; exit code 1."""
+    result = run("producer.py", *arguments)
+
+    assert result.code == 1
+    assert complaint in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_cancelled_waiting_task_ends(run: Run, queue: TaskQueue) -> None:
+    """producer.py --cancel, then the reader's exit code is 2; cancelling it again is an error."""
+    queue.put({}, id="t")
+
+    cancel = run("producer.py", "--cancel", "t")
+
+    assert (cancel.code, cancel.out) == (0, "task t: cancelled\n")
+    assert run("stream_reader.py", "t").code == 2
+    assert "has ended already: cancelled" in run("producer.py", "--cancel", "t").err
+
+
+def test_dead_tasks_are_queued_again(run: Run, queue: TaskQueue) -> None:
+    """--requeue-dead prints the new ids."""
+    finished(queue, "failed")
+
+    result = run("producer.py", "--requeue-dead")
+
+    assert result.lines == ["1.2"]
+    assert elements(queue)[0]["data"] == {"type": "process_data"}
+
+
+def test_output_that_nobody_reads_is_no_traceback(valkey: Server, script: Start) -> None:
+    """producer.py … | head -1"""
+    process = script(valkey.url, "producer.py", "--count", "5000")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+
+    assert "Traceback" not in process.stderr.read()
+
+
+# -- stream_reader.py -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("completed", 0), ("failed", 1), ("cancelled", 2)])
+def test_readers_exit_code_is_the_outcome(run: Run, queue: TaskQueue, outcome: str, code: int) -> None:
+    """0 completed, 1 failed, 2 cancelled; of several tasks the worst; also without following."""
+    good, task_id = finished(queue), finished(queue, outcome)
+
+    assert run("stream_reader.py", task_id).code == code
+    assert run("stream_reader.py", good, task_id, "--no-follow").code == code
+
+
+def test_reader_prints_plain_lines_in_a_pipe(run: Run, queue: TaskQueue) -> None:
+    """Time, task, event, text; no colours."""
+    task_id = finished(queue, events=1)
+
+    lines = run("stream_reader.py", task_id).lines
+
+    assert [line.split(" ", 2)[1:] for line in lines] == [
+        ["1", "started test"],
+        ["1", "progress   0 %  step 0"],
+        ["1", 'completed in 5 ms  {"n": 1}'],
+    ]
+
+
+def test_readers_json_equals_the_stream(run: Run, queue: TaskQueue) -> None:
+    """One object a line, with the entry id; --since goes on after exactly that entry."""
+    task_id = finished(queue, events=5)
+    events = [{"task": task_id, **event.as_dict()} for event in TaskLog(task_id, queue.redis).read()]
+
+    everything = run("stream_reader.py", task_id, "--json")
+    rest = run("stream_reader.py", task_id, "--json", "--since", events[2]["id"])
+
+    assert [json.loads(line) for line in everything.lines] == events
+    assert [json.loads(line) for line in rest.lines] == events[3:]
+
+
+def test_reader_follows_a_running_task_to_its_end(valkey: Server, script: Start, queue: TaskQueue) -> None:
+    """What is written after it started to follow comes too, across a restart of the server, once and in order."""
+    task_id = "live"
+    log = TaskLog(task_id, queue.redis)
+    log.add("started", worker="test")
+    reader = script(valkey.url, "stream_reader.py", task_id, "--json")
+    wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it follows")
+    for n in range(20):
+        log.add("progress", percent=n)
+    valkey.stop()
+    valkey.start()
+    log.add("completed", result=None, duration_ms=1)
+
+    out, _ = reader.communicate(timeout=30)
+
+    assert [json.loads(line)["seq"] for line in out.splitlines()] == list(range(1, 23))
+
+
+def test_reader_times_out_with_3_and_knows_no_stranger_with_4(run: Run, queue: TaskQueue) -> None:
+    """A task that does not end in time, one that was never put, one that was pushed by hand and still waits."""
+    queue.put({}, id="waiting")
+    queue.redis.lpush(keys.QUEUE, '{"id": "by-hand", "data": {}}')
+
+    timed_out = run("stream_reader.py", "waiting", "--timeout", "0.5")
+    by_hand = run("stream_reader.py", "by-hand", "--timeout", "0.5")
+    unknown = run("stream_reader.py", "unknown")
+
+    assert [timed_out.code, by_hand.code, unknown.code] == [3, 3, 4]
+    assert unknown.err == "stream_reader.py: no task unknown: it was never put, or it finished long ago\n"
+
+
+def test_expired_stream_is_said_to_be_so(run: Run, queue: TaskQueue) -> None:
+    """The record outlives the stream: the outcome is still known."""
+    task_id = finished(queue, "failed")
+    queue.redis.delete(keys.stream(task_id))
+
+    result = run("stream_reader.py", task_id)
+
+    assert result.code == 1
+    assert "failed; its stream has expired" in result.err
+
+
+def test_replay_shows_the_same_events_again(run: Run, queue: TaskQueue) -> None:
+    """At a thousand times its pace, a finished task is replayed in its order."""
+    task_id = finished(queue, events=5)
+
+    result = run("stream_reader.py", task_id, "--replay", "1000")
+
+    assert result.out == run("stream_reader.py", task_id).out
+
+
+def test_reader_of_all_sees_tasks_that_come_later(valkey: Server, script: Start, queue: TaskQueue) -> None:
+    """--all follows unfinished tasks and new ones, not those long done, until Ctrl-C (exit code 130)."""
+    finished(queue)
+    waiting = queue.put({"type": "process_data"}).id
+    reader = script(valkey.url, "stream_reader.py", "--all", "--json")
+    wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it follows")
+    later = queue.put({"type": "process_data"}).id
+    for task_id in (waiting, later):
+        task = queue.take(worker="test")
+        assert task is not None
+        assert task.id == task_id
+        TaskLog(task_id, queue.redis, attempt=1, token=task.token).add("completed", result=None, duration_ms=1)
+
+    assert reader.stdout is not None
+    seen = [json.loads(reader.stdout.readline())["task"] for _ in range(2)]
+    reader.send_signal(signal.SIGINT)
+    _, err = reader.communicate(timeout=30)
+
+    assert sorted(seen) == sorted([waiting, later])
+    assert reader.returncode == 130
+    assert "Traceback" not in err
+
+
+NASTY = "\x1b[31mred\x07 \x9b2J \ud800 \U0001f600 a\0b\r\nnew line"
+
+
+def on_terminal(url: str, *command: str) -> str:
+    """Run a command on a terminal of 100 columns, and return what it wrote there."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(REDIS_URL=url, TERM="xterm-256color", COLUMNS="100", LINES="30")
+        os.chdir(Path(__file__).parents[1])
+        os.execv(sys.executable, [sys.executable, *command])
+    written = b""
+    deadline = time.monotonic() + 30
+    try:
+        while time.monotonic() < deadline and select.select([terminal], [], [], 30)[0]:
+            try:
+                written += os.read(terminal, 65536)
+            except OSError:  # Linux says EIO when the other side is closed: the end
+                break
+    finally:
+        os.waitpid(pid, 0)
+        os.close(terminal)
+    return written.decode()
+
+
+def test_task_cannot_steer_the_terminal_of_who_watches(run: Run, valkey: Server, queue: TaskQueue) -> None:
+    """Escape sequences, bells and broken characters in an event are shown as text, in a pipe and on a terminal."""
+    log = TaskLog("nasty", queue.redis)
+    log.add("chain_of_thought", step="thinking", thought=NASTY)
+    log.add("llm_delta", text=NASTY)
+    log.add("something_new", what=NASTY, and_more=[NASTY])
+    log.add("completed", result={"summary": NASTY}, duration_ms=1)
+
+    piped = run("stream_reader.py", "nasty").out
+    shown = on_terminal(valkey.url, "stream_reader.py", "nasty")
+
+    for text in (piped, shown):
+        assert "\x1b[31mred" not in text
+        assert not any(character in text for character in "\x07\x9b\0")
+        assert "\\x1b[31mred" in text
+        assert "\U0001f600" in text
+    assert len(piped.splitlines()) == 4
+    assert "\x1b[" in shown, "on a terminal there are colours, of the reader's own"
+
+
+def test_producer_on_a_terminal_says_what_to_do_next(valkey: Server) -> None:
+    """A person gets names and a hint, where a pipe gets bare ids."""
+    shown = on_terminal(valkey.url, "producer.py")
+
+    assert "task 1: process_data" in shown
+    assert "watch it: python stream_reader.py 2" in shown
+
+
+# -- the consumers ----------------------------------------------------------------------------------------------
+
+
+def last_events(queue: TaskQueue) -> dict[str, tuple[str, Any]]:
+    ended = {}
+    for task_id in queue.redis.zrange(keys.RECENT, 0, -1):
+        event = TaskLog(task_id, queue.redis).last()
+        assert event is not None
+        ended[task_id] = (event.name, event.fields.get("result", event.fields.get("error")))
+    return ended
+
+
+def test_plain_consumer_does_the_tutorials_tasks(run: Run, queue: TaskQueue) -> None:
+    """started, processing steps, completed; an unknown type fails, naming the known ones."""
+    run("producer.py")
+    run("producer.py", "--type", "nope")
+
+    result = run("consumer.py", "--burst")
+
+    names = [event.name for event in TaskLog("1", queue.redis).read()]
+    assert result.code == 0
+    assert names == ["started", *["processing"] * 3, "completed"]
+    assert last_events(queue)["3"] == ("failed", "unknown task type 'nope'; known: process_data, send_email")
+
+
+def test_agent_works_on_real_files(run: Run, queue: TaskQueue, tmp_path: Path) -> None:
+    """It finds what is in the sample data, sends the email into the outbox, and takes what was pushed by hand."""
+    run("producer.py", "summarise", "sample_data/sales.csv", "sample_data/requests.csv.gz")
+    run("producer.py", "send-email", "--to", "ann@example.org", "--subject", "S", "--body", "B")
+    by_hand = '{"id":"by-hand","data":{"type":"process_data","payload":{"file":"sample_data/sales.csv"}}}'
+    queue.redis.lpush(keys.QUEUE, by_hand)
+
+    result = run("agent_consumer.py", "--burst", "--llm-delay", "0", "--outbox", str(tmp_path / "outbox"))
+
+    ended = last_events(queue)
+    assert result.code == 0
+    assert {name for name, _ in ended.values()} == {"completed"}
+    assert ended["1"][1]["rows"] == 120
+    assert ended["1"][1] == ended["by-hand"][1]
+    assert ended["2"][1]["findings"]["find_outliers"]["count"] == 1
+    assert "To: ann@example.org" in (tmp_path / "outbox" / "task-3.eml").read_text()
+
+
+def test_task_pushed_with_redis_cli_is_done(run: Run, valkey: Server, queue: TaskQueue) -> None:
+    """The README's redis-cli line, as it is typed."""
+    task = '{"id":"by-hand","data":{"type":"process_data","payload":{"file":"sample_data/sales.csv"}}}'
+    try:
+        subprocess.run(["redis-cli", "-p", str(valkey.port), "LPUSH", "task_queue", task], check=True, timeout=30)
+    except FileNotFoundError:
+        lacking("redis-cli (apt install redis-tools)")
+
+    run("agent_consumer.py", "--burst", "--llm-delay", "0")
+
+    assert last_events(queue)["by-hand"][0] == "completed"
+
+
+def test_agents_bad_inputs_fail_once_with_the_reason(run: Run, queue: TaskQueue, tmp_path: Path) -> None:
+    """Missing, empty, a directory, outside the data root, binary, unknown: failed without a retry, in one line."""
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "link.csv").symlink_to("/etc/hostname")
+    (tmp_path / "folder").mkdir()
+    wrong = ["missing.csv", "empty.csv", "folder", "../up.csv", "link.csv", "binary.csv"]
+    run("producer.py", "summarise", *wrong)
+    run("producer.py", "--type", "nope")
+    run("producer.py", "--type", "process_data", "--payload", "[]")
+
+    run("agent_consumer.py", "--burst", "--llm-delay", "0", "--data-root", str(tmp_path))
+
+    reasons = ["no such file", "empty", "directory", "outside", "outside", "binary", "known: process_data", "payload"]
+    ended = last_events(queue)
+    for (name, error), reason in zip(ended.values(), reasons, strict=True):
+        assert name == "failed"
+        assert reason in error
+        assert "\n" not in error
+    assert all(TaskLog(task_id, queue.redis).read()[-1].fields["attempts"] == 1 for task_id in ended)
+
+
+def test_failing_llm_is_retried(run: Run, queue: TaskQueue) -> None:
+    """With --llm-fail-rate 1 every attempt fails; the task is tried three times, then given up."""
+    run("producer.py", "summarise", "sample_data/sales.csv")
+
+    run("agent_consumer.py", "--burst", "--llm-delay", "0", "--llm-fail-rate", "1", traceback=True)
+
+    events = TaskLog("1", queue.redis).read()
+    assert [event.fields["will_retry"] for event in events if event.name == "error"] == [True, True, False]
+    assert events[-1].name == "failed"
+
+
+# -- all of them ------------------------------------------------------------------------------------------------
+
+SCRIPTS = [
+    ("producer.py",),
+    ("consumer.py", "--burst"),
+    ("agent_consumer.py", "--burst"),
+    ("stream_reader.py", "1"),
+    ("demo.py",),
+]
+
+
+@pytest.mark.parametrize("command", SCRIPTS, ids=lambda command: command[0])
+def test_script_without_a_server_says_so_in_one_line(run: Run, command: tuple[str, ...]) -> None:
+    """REDIS_URL is set and nobody is there: one line, exit code 1, within 5 s."""
+    began = time.monotonic()
+
+    result = run(*command, url="redis://me:secret@127.0.0.1:1")
+
+    assert result.code == 1
+    assert len(result.err.splitlines()) == 1
+    assert "cannot reach Redis at redis://me@127.0.0.1:1" in result.err
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("command", SCRIPTS, ids=lambda command: command[0])
+def test_script_explains_itself_and_refuses_what_it_does_not_know(run: Run, command: tuple[str, ...]) -> None:
+    """--help exits with 0, an unknown option with 2 and a usage line."""
+    explained = run(command[0], "--help")
+    refused = run(command[0], "--nonsense")
+
+    assert (explained.code, refused.code) == (0, 2)
+    assert explained.out.startswith("usage:")
+    assert "--nonsense" in refused.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("stream_reader.py",),
+        ("stream_reader.py", "1", "--all"),
+        ("stream_reader.py", "1", "--since", "yesterday"),
+        ("stream_reader.py", "1", "--timeout", "0"),
+        ("stream_reader.py", "1", "--replay", "nan"),
+        ("producer.py", "--payload", "{}"),
+        ("producer.py", "--count", "0"),
+        ("producer.py", "--cancel", "1", "--requeue-dead"),
+        ("producer.py", "summarise"),
+        ("agent_consumer.py", "--llm-fail-rate", "2"),
+        ("agent_consumer.py", "--data-root", "/nonexistent"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_make_no_sense_are_a_usage_error(run: Run, arguments: tuple[str, ...]) -> None:
+    """Exit code 2, and the last line says what is wrong."""
+    result = run(*arguments)
+
+    assert result.code == 2
+    assert "error: " in result.err.splitlines()[-1]
+
+
+def test_demo_shows_three_completed_tasks(run: Run, queue: TaskQueue) -> None:
+    """The whole system in one terminal, to its end; no agent stays behind."""
+    result = run("demo.py", "--llm-delay", "0.05")
+
+    assert result.code == 0
+    assert sum(" completed in " in line and "tool_usage" not in line for line in result.lines) == 3
+    assert "redis-cli XRANGE task_logs:1 - +" in result.out
+    assert queue.owed() == 0
+    assert [c["cmd"] for c in queue.redis.client_list() if c["cmd"] == "brpop"] == []
+
+
+def test_ctrl_c_ends_the_demo_and_its_agent(valkey: Server, script: Start, queue: TaskQueue) -> None:
+    """Exit code 130, no traceback, no agent left behind."""
+    demo = script(valkey.url, "demo.py", "--llm-delay", "5", start_new_session=True)
+    wait_until(lambda: TaskLog("1", queue.redis).last(), "the agent is at work")
+    wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "the reader follows")
+
+    os.killpg(demo.pid, signal.SIGINT)  # as the terminal does: to all of its foreground processes
+    _, err = demo.communicate(timeout=60)
+
+    assert demo.returncode == 130
+    assert "Traceback" not in err
+    wait_until(lambda: not any(c["cmd"] == "brpop" for c in queue.redis.client_list()), "the agent is gone")
