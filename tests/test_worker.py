@@ -426,3 +426,29 @@ def test_bad_option_is_refused_in_one_line(worker: Start, option: tuple[str, str
 
     assert process.returncode == 2
     assert option[0] in errors.splitlines()[-1]
+
+
+def test_server_that_is_loading_is_waited_for(server: Server, script: Start, journal: Path, said: Path) -> None:
+    """A server that is still reading its data: a worker and a producer that start meanwhile wait, say so, and go on."""
+    client = server.client()
+    with client.pipeline() as pipe:
+        for n in range(3_000):
+            pipe.set(f"ballast:{n}", "x" * 1_000)
+        pipe.execute()
+    client.bgrewriteaof()
+    wait_until(lambda: client.info("persistence")["aof_rewrite_in_progress"] == 0, "the file is rewritten")
+    server.stop()
+    server.options = ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024")
+    server.start(wait=False)
+    wait_until(server.is_loading, "it is loading")
+
+    with said.open("w") as stderr:
+        script(server.url, WORKER, str(journal), stderr=stderr)
+        producer = script(server.url, "producer.py", "--type", "t", stderr=stderr)
+    output, _ = producer.communicate(timeout=60)
+    queue = TaskQueue(client)
+    wait_until(lambda: names(queue, "1")[-1:] == ["completed"], "the task is done")
+
+    assert output == "1\n"
+    assert "is still loading its data" in said.read_text()
+    assert "Traceback" not in said.read_text()
