@@ -95,8 +95,10 @@ def _lines(lines: TextIO) -> Iterator[str]:
 def _checked_task(line: str) -> Any:
     if len(line) >= MAX_LINE_CHARS:
         raise ValueError(f"longer than {MAX_LINE_CHARS:,} characters")
-    if any("\udc80" <= character <= "\udcff" for character in line):
-        raise ValueError("not UTF-8")
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # what could not be decoded was escaped as lone surrogates
+        raise ValueError("not UTF-8") from None
     task = parse(line)
     if not isinstance(task, dict) or not isinstance(task.get("type"), str):
         raise ValueError('not a task: expected {"type": "…", "payload": {…}}')

@@ -175,6 +175,7 @@ class _Worker:
                     logger.info("task %s handed back", task)
             except RedisError:
                 logger.warning("task %s not handed back: its lease will run out by itself", task)
+        logger.info("worker %s stopped", self.name)
         return 130 if self.signals > 1 else 0  # 128 + SIGINT, as shells count
 
     # -- the slots ----------------------------------------------------------------------------------------------
