@@ -125,7 +125,7 @@ class Source:
         if self.guessed:
             found.append(f"the encoding {self.encoding} is a guess; save the file as UTF-8 to be sure")
         if self.undecodable:
-            found.append(f"{self.undecodable:,} character(s) show as U+FFFD: not {self.encoding}, or damaged before")
+            found.append(f"{self.undecodable:,} character(s) are U+FFFD: not {self.encoding}, or damaged")
         if self.ragged:
             found.append(f"{self.ragged:,} row(s) have more or fewer cells than there are columns")
         return found

@@ -152,7 +152,7 @@ def choose_number(columns: dict[str, Any]) -> str | None:
 
 def spread(column: dict[str, Any]) -> float:
     """Return a column's standard deviation as a share of its mean."""
-    return float(column.get("stdev") or 0) / abs(column.get("mean") or 1)
+    return float((column.get("stdev") or 0) / abs(column.get("mean") or 1))
 
 
 def summarise(file: str, number: str | None, tried: dict[str, Any]) -> str:
