@@ -711,11 +711,15 @@ def send_by_smtp(message: EmailMessage, url: str) -> list[str]:
     """Hand a message to smtp://user:password@host:port?starttls=1 or smtps://…; return who was refused."""
     try:
         parts = urlsplit(url)
-        secure, starttls = parts.scheme == "smtps", parse_qs(parts.query).get("starttls") == ["1"]
-        host, port = parts.hostname, parts.port or (465 if secure else 587 if starttls else 25)
+        secure, asked = parts.scheme == "smtps", parse_qs(parts.query, True).get("starttls", ["0"])[-1]
+        starttls = asked == "1"
+        host, port = parts.hostname, 465 if secure else 587 if starttls else 25
+        port = port if parts.port is None else parts.port
+        (host or "").encode("idna")  # what the socket does, too: "a..b" is no host
     except ValueError:  # subtle: its text may quote a part of the password
         host, port, secure = None, 0, False
-    if not host or parts.scheme not in ("smtp", "smtps"):
+    # subtle: starttls=yes must not mean "no", which would send the password in the clear
+    if not host or not port or parts.scheme not in ("smtp", "smtps") or asked not in ("0", "1"):
         raise ToolError("SMTP_URL is not like smtp://user:password@host:587?starttls=1 or smtps://host")
     where = f"{parts.scheme}://{host}:{port}"
     tls = ssl.create_default_context()  # subtle: without it smtplib believes any certificate
@@ -738,6 +742,11 @@ def send_by_smtp(message: EmailMessage, url: str) -> list[str]:
         codes = [code for code, _ in error.recipients.values()]
         kind = ToolError if min(codes) >= 500 else ToolUnavailable
         raise kind(f"{where} refused {', '.join(error.recipients)} ({codes[0]}); check the address") from None
+    except smtplib.SMTPAuthenticationError as error:  # subtle: some servers repeat the password, or its base64
+        kind = ToolError if error.smtp_code >= 500 else ToolUnavailable
+        raise kind(f"{where} answered {error.smtp_code} to the login; check user and password") from None
+    except UnicodeError:  # subtle: it holds the whole login; smtplib sends ASCII
+        raise ToolError(f"{where}: user or password in SMTP_URL is not ASCII; change it") from None
     except smtplib.SMTPResponseException as error:
         kind = ToolError if error.smtp_code >= 500 else ToolUnavailable
         said = str(error.smtp_error, "utf-8", "replace") if isinstance(error.smtp_error, bytes) else ""

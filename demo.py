@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             agent_log.seek(0)
             print(f"\nthe agent's log:\n{agent_log.read()}", file=sys.stderr)
             return code
-    print("\nAll of it is in Redis. Look, for example, at:")
+    print("\nAll of it is in Redis. Look, for example, at (after: source .venv/bin/activate):")
     print(f"  redis-cli XRANGE task_logs:{ids[0]} - +")
     print(f"  python stream_reader.py {ids[0]} --replay 1")
     print(f"  cat outbox/task-{ids[2]}*.eml")

