@@ -164,7 +164,7 @@ def summarise(file: str, number: str | None, tried: dict[str, Any]) -> str:
         text += f"; {number} adds up to {column['sum']:,.10g}, {column['mean']:,.2f} on average"
     if groups := found.get("group_by", {}).get("groups"):
         best = max(groups, key=lambda group: groups[group])
-        text += f". Most of it is {best}'s: {groups[best]:,.10g}"
+        text += f". Most of it: {best} ({groups[best]:,.10g})"
     if "count" in found.get("find_outliers", {}):
         text += f". Outliers: {found['find_outliers']['count']}"
     return text + "."
