@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -42,9 +43,17 @@ def wait_until(predicate: Callable[[], object], what: str, seconds: float = 30.0
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free, and so is the one 10,000 above it, which a cluster's node takes as well.
+
+    subtle: not one that the system chose: its ports (32768 and up) are lent to outgoing connections too, so that
+    a server which restarts may find its own taken, and 10,000 more may be past the last.
+    """
+    while True:
+        port = random.randrange(10_000, 22_000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 class Server:
@@ -64,8 +73,12 @@ class Server:
             wait_until(self.answers, f"{self.binary} answers")
 
     def answers(self) -> bool:
+        """Whether this server answers, not another one on its port; fail at once where it has gone."""
+        if self.process.poll() is not None:
+            log = (self.directory / "server.log").read_text().splitlines()
+            pytest.fail(f"{self.binary} ended with {self.process.returncode}: {log[-3:]}")
         try:
-            return bool(self.client().ping())
+            return bool(self.client().info("server")["process_id"] == self.process.pid)
         except RedisError:
             return False
 
