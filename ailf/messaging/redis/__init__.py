@@ -1,15 +1,42 @@
-"""Messaging utilities on Redis: the connection policy and the field codec."""
+"""Messaging utilities on Redis: clients, PubSub, streams with consumer groups, a lock and a rate limiter."""
 
-from .client import Client, blocking_client, connect, explain, is_transient, reason_of, safe_url, url_of
+from .client import AsyncRedisClient, Client, RedisClient, blocking_client, connect, connect_async
 from .codec import decode, encode, from_json, to_json
-from .errors import RedisMessagingError, RedisUnavailable
+from .config import RedisConfig
+from .errors import (
+    LockNotOwned,
+    RedisMessagingError,
+    RedisUnavailable,
+    explain,
+    is_transient,
+    reason_of,
+    safe_url,
+    url_of,
+)
+from .lock import AsyncRedisLock, RedisLock
+from .pubsub import AsyncRedisPubSub, RedisPubSub
+from .rate_limiter import AsyncRedisRateLimiter, RedisRateLimiter
+from .stream import AsyncRedisStream, RedisStream
 
 __all__ = [
+    "AsyncRedisClient",
+    "AsyncRedisLock",
+    "AsyncRedisPubSub",
+    "AsyncRedisRateLimiter",
+    "AsyncRedisStream",
     "Client",
+    "LockNotOwned",
+    "RedisClient",
+    "RedisConfig",
+    "RedisLock",
     "RedisMessagingError",
+    "RedisPubSub",
+    "RedisRateLimiter",
+    "RedisStream",
     "RedisUnavailable",
     "blocking_client",
     "connect",
+    "connect_async",
     "decode",
     "encode",
     "explain",

@@ -1,4 +1,4 @@
-"""The one connection policy: which Redis a program talks to, with which timeouts, and what is retried (nothing).
+"""The one connection policy, and the clients: which Redis a program talks to, with which timeouts, what is repeated.
 
 $REDIS_URL decides: redis://, rediss://, unix://, redis+cluster://host:port, redis+sentinel://host:port/service.
 Where it is not set: localhost:6379 if a Redis answers there, else the embedded server (embedded.py).
@@ -7,21 +7,29 @@ redis-py repeats a command after a lost connection, ten times by default. A repe
 twice, and a repeated BRPOP may lose an element, so here nothing is repeated blindly: callers repeat what is idempotent.
 """
 
+import asyncio
 import logging
 import os
-import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
 from typing import Any, TypeAlias
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
-from redis import ConnectionPool, Redis, RedisCluster, Sentinel
+import redis
 from redis import exceptions as errors
+from redis.asyncio.cluster import ClusterNode as AsyncClusterNode
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
 from redis.retry import Retry
 from redis.sentinel import SentinelConnectionPool
 
 from . import embedded
-from .errors import RedisUnavailable
+from .codec import encode, from_json, to_json
+from .config import RedisConfig, check_seconds
+from .errors import RedisUnavailable, explain, safe_url, translated
 
 SOCKET_SECONDS = 4.0  # how long a reply may take: a silent server is given up within 5 s; see blocking_client
 CONNECT_SECONDS = 2.0  # two addresses (IPv6, IPv4) and a PING stay within 5 s
@@ -29,40 +37,49 @@ MARGIN_SECONDS = 5.0  # how much later than its block time a blocking command's 
 
 log = logging.getLogger(__name__)
 
-# Redis, RedisCluster or fakeredis: the same commands. redis-py types a reply as bytes | str | …, whatever the client
-# was told to decode; stating what each reply is would only repeat the code around it.
+# A redis-py client: Redis, RedisCluster or fakeredis, or one of redis.asyncio: the same commands. redis-py types a
+# reply as bytes | str | …, whatever the client was told to decode; stating what each is would only repeat the code.
 Client: TypeAlias = Any
 
 SCHEMES = (
     "redis://host:port/db, rediss://…, unix:///path, redis+cluster://host:port or redis+sentinel://host:port/service"
 )
 
+UNREACHED = (errors.RedisError, errors.RedisClusterException, OSError, ValueError, TypeError)
 
-def connect(url: str | None = None) -> Client:
-    """Return a client for the Redis that the policy names, after a PING. It decodes replies and repeats nothing.
+# -- the policy -------------------------------------------------------------------------------------------------
+
+
+def connect(target: str | RedisConfig | None = None) -> Client:
+    """Return a redis-py client for a URL, a config or the policy's Redis, after a PING. It repeats nothing.
 
     Blocks for 5 s at most (30 s where the embedded server must start first). A server that is still loading its data
     counts as reached. Raises RedisUnavailable, whose message is one line: what, which URL, what to do.
     """
-    chosen = url or os.environ.get("REDIS_URL")
-    if not chosen:
-        chosen = f"redis://{embedded.HOST}:{_local_port()}"
+    chosen = _policy() if target is None else target
     try:
-        client = _client(chosen)
-    except (ValueError, TypeError) as error:
-        raise RedisUnavailable(f"not a Redis URL: {safe_url(chosen)} ({error}). Expected {SCHEMES}.") from error
-    except (errors.RedisError, OSError, errors.RedisClusterException) as error:  # a cluster client connects at once
-        raise RedisUnavailable(explain(error, chosen)) from error
-    try:
+        client = _build(chosen, redis)
         client.ping()
-    except errors.BusyLoadingError:
-        log.warning("Redis at %s is still loading its data", safe_url(chosen))
-    except (errors.RedisError, OSError) as error:
-        raise RedisUnavailable(explain(error, chosen)) from error
+    except UNREACHED as error:
+        _judge(error, chosen)
     return client
 
 
-def _local_port() -> int:
+async def connect_async(target: str | RedisConfig | None = None) -> Client:
+    """Return a redis.asyncio client, as connect() does, without blocking the event loop."""
+    chosen = await asyncio.to_thread(_policy) if target is None else target
+    try:
+        client = _build(chosen, redis.asyncio)
+        await client.ping()
+    except UNREACHED as error:
+        _judge(error, chosen)
+    return client
+
+
+def _policy() -> str:
+    """Return the URL of the Redis to use; start the embedded server where there is none."""
+    if url := os.environ.get("REDIS_URL"):
+        return url
     try:
         port, started = embedded.find_or_start()
     except (OSError, ImportError) as error:
@@ -71,22 +88,40 @@ def _local_port() -> int:
         ) from error
     if started:
         log.warning("started an embedded Redis server at redis://%s:%d (to stop it: make stop)", embedded.HOST, port)
-    return port
+    return f"redis://{embedded.HOST}:{port}"
 
 
-def _client(url: str) -> Client:
-    """Return an unconnected client for a URL; ValueError where it is none."""
-    options: dict[str, Any] = {
+def _judge(error: Exception, target: str | RedisConfig) -> None:
+    """Raise what a failed PING means; return where it means no more than wait."""
+    url = target if isinstance(target, str) else f"redis{'s' * target.ssl}://{target.host}:{target.port}/{target.db}"
+    if isinstance(error, errors.BusyLoadingError):
+        log.warning("Redis at %s is still loading its data", safe_url(url))
+    elif isinstance(error, ValueError | TypeError):
+        raise RedisUnavailable(f"not a Redis URL: {safe_url(url)} ({error}). Expected {SCHEMES}.") from error
+    else:
+        raise RedisUnavailable(explain(error, url)) from error
+
+
+def _build(target: str | RedisConfig, library: Any) -> Client:
+    """Return an unconnected client of `library` (redis or redis.asyncio); ValueError where a URL is none."""
+    if isinstance(target, RedisConfig):
+        options = asdict(target)
+        kind = library.SSLConnection if options.pop("ssl") else library.Connection
+        pool = library.BlockingConnectionPool(
+            connection_class=kind, timeout=target.socket_timeout, retry=_no_retry(library), **options
+        )
+        return library.Redis.from_pool(pool)
+    options = {
         "decode_responses": True,
         "socket_timeout": SOCKET_SECONDS,
         "socket_connect_timeout": CONNECT_SECONDS,
-        "retry": Retry(NoBackoff(), 0),
+        "retry": _no_retry(library),
     }
-    scheme, _, rest = url.partition("://")
+    scheme, _, rest = target.partition("://")
     if scheme == "redis+cluster":
-        return RedisCluster.from_url(f"redis://{rest}", **options)
+        return library.RedisCluster.from_url(f"redis://{rest}", **options)
     if scheme == "redis+sentinel":
-        parts = urlsplit(url)
+        parts = urlsplit(target)
         login, _, hosts = parts.netloc.rpartition("@")
         service, _, db = parts.path.strip("/").partition("/")
         if not service:
@@ -98,95 +133,231 @@ def _client(url: str) -> Client:
         quick = {
             "socket_timeout": CONNECT_SECONDS,
             "socket_connect_timeout": CONNECT_SECONDS,
-            "retry": Retry(NoBackoff(), 0),
+            "retry": _no_retry(library),
         }
-        sentinel: Any = Sentinel([(host, int(port)) for host, _, port in pairs], sentinel_kwargs=quick)
+        sentinel = library.Sentinel([(host, int(port)) for host, _, port in pairs], sentinel_kwargs=quick)
         return sentinel.master_for(service, db=int(db or 0), **options)
     if scheme not in ("redis", "rediss", "unix"):
         raise ValueError("unknown scheme")
-    return Redis.from_url(url, **options)
+    return library.Redis.from_url(target, **options)
+
+
+def _no_retry(library: Any) -> Retry | AsyncRetry:
+    return Retry(NoBackoff(), 0) if library is redis else AsyncRetry(NoBackoff(), 0)
 
 
 def blocking_client(client: Client, block_seconds: float, decode_responses: bool = True) -> Client:
     """Return a client like the given one, on connections of its own, for commands that block up to block_seconds.
 
     Its socket waits longer than the server does, so that a blocking command ends with the server's answer and never by
-    a time-out of the socket; and it repeats nothing.
+    a time-out of the socket; and it repeats nothing. Bytes that are not UTF-8 are decoded as \\xff and so on: what
+    somebody else wrote must not stop a reader.
     """
+    library = redis.asyncio if isinstance(client, redis.asyncio.Redis | redis.asyncio.RedisCluster) else redis
     changes: dict[str, Any] = {
         "socket_timeout": block_seconds + MARGIN_SECONDS,
-        "retry": Retry(NoBackoff(), 0),
+        "retry": _no_retry(library),
         "decode_responses": decode_responses,
+        "encoding_errors": "backslashreplace",
     }
-    if isinstance(client, RedisCluster):
-        nodes = [ClusterNode(str(node.host), int(node.port)) for node in client.get_nodes()]
+    if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
+        node_class = ClusterNode if library is redis else AsyncClusterNode
+        nodes = [node_class(str(node.host), int(node.port)) for node in client.get_nodes()]
         options = {k: v for k, v in client.get_connection_kwargs().items() if k not in ("host", "port")}
-        return RedisCluster(startup_nodes=nodes, **{**options, **changes})
+        return library.RedisCluster(startup_nodes=nodes, **{**options, **changes})
     pool = client.connection_pool
     options = {**pool.connection_kwargs, **changes}
-    if isinstance(pool, SentinelConnectionPool):
+    if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
         options.pop("connection_pool")
         return pool.sentinel_manager.master_for(pool.service_name, **options)
-    return Redis(connection_pool=ConnectionPool(connection_class=pool.connection_class, **options))
+    return library.Redis.from_pool(library.ConnectionPool(connection_class=pool.connection_class, **options))
 
 
-def url_of(client: Client) -> str:
-    """Return where a client connects, as a URL without a password, for messages."""
-    if isinstance(client, RedisCluster):
-        return "redis+cluster://" + ",".join(f"{node.host}:{node.port}" for node in client.get_nodes())
-    pool = client.connection_pool
-    if isinstance(pool, SentinelConnectionPool):
-        return f"redis+sentinel://…/{pool.service_name}"
-    options = pool.connection_kwargs
-    if "path" in options:
-        return f"unix://{options['path']}"
-    return f"redis://{options.get('host', 'localhost')}:{options.get('port', embedded.PORT)}/{options.get('db', 0)}"
+# -- the clients ------------------------------------------------------------------------------------------------
 
 
-def safe_url(url: str) -> str:
-    """Return a URL without its password. safe_url("redis://me:secret@db:6379") -> 'redis://me@db:6379'"""
-    parts = urlsplit(url)
-    login, _, host = parts.netloc.rpartition("@")
-    user = login.partition(":")[0]
-    query = urlencode([(k, v) for k, v in parse_qsl(parts.query) if "password" not in k])
-    return urlunsplit((parts.scheme, f"{user}@{host}" if user else host, parts.path, query, ""))
+class RedisClient:
+    """A connection to Redis with the everyday commands; `client` is redis-py's own client, for all others. Thread-safe.
 
-
-def is_transient(error: BaseException) -> bool:
-    """Say whether an error may go away by itself, so that a worker should wait and try again.
-
-    So do a lost connection, a time-out, and a server that is loading, full, read-only or without its replicas; a
-    refused login and a wrong command do not.
+    Connects at once, by the config or else by the policy, and raises RedisUnavailable, in one line, where it cannot. So
+    does every method while Redis is away; other refusals of the server are a RedisMessagingError.
     """
-    if isinstance(error, errors.AuthenticationError | errors.AuthorizationError):
-        return False
-    if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.ReadOnlyError):
-        return True
-    if isinstance(error, errors.OutOfMemoryError | errors.ClusterDownError | errors.TryAgainError):
-        return True
-    words = ("MISCONF", "NOREPLICAS", "UNBLOCKED", "MASTERDOWN")
-    return isinstance(error, errors.ResponseError) and str(error).startswith(words)
+
+    def __init__(self, config: RedisConfig | None = None) -> None:
+        self.config = config
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect, or connect again after close()."""
+        self.redis = connect(self.config)
+
+    @property
+    def client(self) -> Client:
+        return self.redis
+
+    def close(self) -> None:
+        """Close the connections. What is called after that connects again."""
+        self.redis.close()
+
+    def __enter__(self) -> "RedisClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def pipeline(self, transaction: bool = True) -> Iterator[Any]:
+        """Yield a redis-py pipeline, and run it on leaving the block (as one MULTI); not after an exception."""
+        with self.redis.pipeline(transaction=transaction) as pipe:
+            yield pipe
+            self._execute(pipe)
+
+    @translated
+    def _execute(self, pipe: Any) -> None:
+        pipe.execute()
+
+    @translated
+    def get(self, key: str) -> Any:
+        """Return a string key's value as text; None where there is none."""
+        return self.redis.get(key)
+
+    @translated
+    def set(self, key: str, value: str | bytes | int | float, expire: float | None = None) -> bool:
+        """Set a string key, which lives for `expire` seconds, or without end."""
+        return bool(self.redis.set(key, value, px=_milliseconds(expire)))
+
+    @translated
+    def delete(self, *keys: str) -> int:
+        """Delete keys; return how many there were."""
+        return int(self.redis.delete(*keys))
+
+    @translated
+    def exists(self, key: str) -> bool:
+        return bool(self.redis.exists(key))
+
+    def set_json(self, key: str, value: Any, expire: float | None = None) -> bool:
+        """Set a key to a value as JSON. Raises ValueError or TypeError for what JSON cannot hold."""
+        return self.set(key, to_json(value), expire)
+
+    def get_json(self, key: str) -> Any:
+        """Return the value that a key holds as JSON; None where there is none. Raises ValueError if it is not JSON."""
+        text = self.get(key)
+        return None if text is None else from_json(text)
+
+    @translated
+    def publish(self, channel: str, message: Any) -> int:
+        """Publish a message (text as it is, all else as JSON: see codec.py); return how many received it."""
+        return int(self.redis.publish(channel, encode(message)))
+
+    def health_check(self) -> bool:
+        """Say whether the server answers a PING, within the socket's time-out."""
+        try:
+            return bool(self.redis.ping())
+        except (errors.RedisError, OSError):
+            return False
 
 
-def reason_of(error: BaseException) -> str:
-    """Return an error's message as one short line, without the internals that redis-py and Lua scripts append."""
-    return re.split(r"\n|\.? script: | : <", str(error))[0].rstrip(".") or type(error).__name__
+class AsyncRedisClient:
+    """RedisClient for asyncio. It connects on first use, or by `await connect()`."""
+
+    def __init__(self, config: RedisConfig | None = None) -> None:
+        self.config = config
+        self.redis: Client = None
+        self._connecting = asyncio.Lock()
+
+    async def connect(self) -> Client:
+        """Connect, where that has not been done; return redis.asyncio's own client."""
+        async with self._connecting:
+            if self.redis is None:
+                self.redis = await connect_async(self.config)
+        return self.redis
+
+    @property
+    def client(self) -> Client:
+        """redis.asyncio's own client. None before the first use."""
+        return self.redis
+
+    async def close(self) -> None:
+        """Close the connections. What is called after that connects again."""
+        if self.redis is not None:
+            client, self.redis = self.redis, None
+            await client.aclose()
+
+    async def __aenter__(self) -> "AsyncRedisClient":
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def pipeline(self, transaction: bool = True) -> AsyncIterator[Any]:
+        """Yield a redis.asyncio pipeline, and run it on leaving the block (as one MULTI); not after an exception."""
+        async with (self.redis or await self.connect()).pipeline(transaction=transaction) as pipe:
+            yield pipe
+            await self._execute(pipe)
+
+    @translated
+    async def _execute(self, pipe: Any) -> None:
+        await pipe.execute()
+
+    @translated
+    async def get(self, key: str) -> Any:
+        return await (self.redis or await self.connect()).get(key)
+
+    @translated
+    async def set(self, key: str, value: str | bytes | int | float, expire: float | None = None) -> bool:
+        return bool(await (self.redis or await self.connect()).set(key, value, px=_milliseconds(expire)))
+
+    @translated
+    async def delete(self, *keys: str) -> int:
+        return int(await (self.redis or await self.connect()).delete(*keys))
+
+    @translated
+    async def exists(self, key: str) -> bool:
+        return bool(await (self.redis or await self.connect()).exists(key))
+
+    async def set_json(self, key: str, value: Any, expire: float | None = None) -> bool:
+        return await self.set(key, to_json(value), expire)
+
+    async def get_json(self, key: str) -> Any:
+        text = await self.get(key)
+        return None if text is None else from_json(text)
+
+    @translated
+    async def publish(self, channel: str, message: Any) -> int:
+        return int(await (self.redis or await self.connect()).publish(channel, encode(message)))
+
+    async def health_check(self) -> bool:
+        try:
+            return bool(await (self.redis or await self.connect()).ping())
+        except (errors.RedisError, OSError, RedisUnavailable):
+            return False
 
 
-def explain(error: BaseException, url: str) -> str:
-    """Return one line for a person: what went wrong, at which URL (without its password), what to do."""
-    where = f"Redis at {safe_url(url)}"
-    reason = reason_of(error)
-    if isinstance(error, errors.AuthenticationError | errors.NoPermissionError):
-        return f"{where} refused the login or the command ({reason}). Check the user and password in REDIS_URL."
-    if isinstance(error, errors.BusyLoadingError):
-        return f"{where} is still loading its data. Try again in a moment."
-    if isinstance(error, errors.InvalidResponse):
-        return f"what answers is no Redis at {safe_url(url)} ({reason}). Check host and port in REDIS_URL."
-    if isinstance(error, errors.ReadOnlyError):
-        return f"{where} is read-only ({reason}). Point REDIS_URL at the primary."
-    if isinstance(error, errors.OutOfMemoryError):
-        return f"{where} is out of memory ({reason}). Free some, or raise its maxmemory."
-    if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.RedisClusterException | OSError):
-        return f"cannot reach {where} ({reason}). Is it running? Unset REDIS_URL to use the embedded server."
-    return f"{where} answered: {reason}"
+def _milliseconds(expire: float | None) -> int | None:
+    if expire is None:
+        return None
+    check_seconds("expire", expire)
+    return max(1, round(expire * 1000))
+
+
+# -- for the other utilities ------------------------------------------------------------------------------------
+
+
+def client_of(redis_client: RedisClient | Client | None) -> Client:
+    """Return the redis-py client to use for a RedisClient, for one of redis-py's, or for None: by the policy."""
+    client: Client = connect() if redis_client is None else getattr(redis_client, "redis", redis_client)
+    if client.get_encoder().decode_responses:
+        return client
+    return blocking_client(client, SOCKET_SECONDS - MARGIN_SECONDS)  # one that decodes, with the same time-out
+
+
+async def async_client_of(redis_client: AsyncRedisClient | Client | None) -> Client:
+    """Return the redis.asyncio client to use, as client_of() does."""
+    if redis_client is None:
+        return await connect_async()
+    client: Client = await redis_client.connect() if isinstance(redis_client, AsyncRedisClient) else redis_client
+    if client.get_encoder().decode_responses:
+        return client
+    return blocking_client(client, SOCKET_SECONDS - MARGIN_SECONDS)

@@ -1,4 +1,18 @@
-"""What can go wrong between a program and Redis, as exceptions of this package."""
+"""What can go wrong between a program and Redis, and how it is told: exceptions, and one line for a person."""
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import redis
+from redis import exceptions as errors
+from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
+from redis.sentinel import SentinelConnectionPool
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RedisMessagingError(Exception):
@@ -7,3 +21,101 @@ class RedisMessagingError(Exception):
 
 class RedisUnavailable(RedisMessagingError):
     """Redis cannot be reached or cannot serve now. The message is one line: what, where, what to do."""
+
+
+class LockNotOwned(RedisMessagingError):
+    """The lock is not held, or no longer: it expired, and somebody else may hold it now."""
+
+
+def translated(method: F) -> F:
+    """Let a method raise this package's errors in place of redis-py's, which they chain. Its object has a `redis`."""
+    if inspect.iscoroutinefunction(method):
+
+        @wraps(method)
+        async def call(self: Any, *args: Any, **options: Any) -> Any:
+            try:
+                return await method(self, *args, **options)
+            except (errors.RedisError, errors.RedisClusterException) as error:
+                raise translate(error, self.redis) from error
+    else:
+
+        @wraps(method)
+        def call(self: Any, *args: Any, **options: Any) -> Any:
+            try:
+                return method(self, *args, **options)
+            except (errors.RedisError, errors.RedisClusterException) as error:
+                raise translate(error, self.redis) from error
+
+    return call  # type: ignore[return-value]
+
+
+def translate(error: Exception, client: Any) -> RedisMessagingError:
+    """Return the error of this package that tells of one of redis-py's."""
+    if isinstance(error, errors.LockError):
+        return LockNotOwned(str(error))
+    kind = RedisUnavailable if is_transient(error) else RedisMessagingError
+    return kind(explain(error, url_of(client)))
+
+
+def url_of(client: Any) -> str:
+    """Return where a client connects, as a URL without a password, for messages."""
+    if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
+        return "redis+cluster://" + ",".join(f"{node.host}:{node.port}" for node in client.get_nodes())
+    pool = client.connection_pool
+    if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
+        return f"redis+sentinel://…/{pool.service_name}"
+    options = pool.connection_kwargs
+    if "path" in options:
+        return f"unix://{options['path']}"
+    return f"redis://{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
+
+
+def safe_url(url: str) -> str:
+    """Return a URL without its password. safe_url("redis://me:secret@db:6379") -> 'redis://me@db:6379'"""
+    parts = urlsplit(url)
+    login, _, host = parts.netloc.rpartition("@")
+    user = login.partition(":")[0]
+    query = urlencode([(k, v) for k, v in parse_qsl(parts.query) if "password" not in k])
+    return urlunsplit((parts.scheme, f"{user}@{host}" if user else host, parts.path, query, ""))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Say whether an error may go away by itself, so that a worker should wait and try again.
+
+    So do a lost connection, a time-out, and a server that is loading, full, read-only or without its replicas; a
+    refused login and a wrong command do not.
+    """
+    if isinstance(error, errors.AuthenticationError | errors.AuthorizationError):
+        return False
+    if isinstance(error, RedisUnavailable):
+        return True
+    if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.ReadOnlyError):
+        return True
+    if isinstance(error, errors.OutOfMemoryError | errors.ClusterDownError | errors.TryAgainError):
+        return True
+    words = ("MISCONF", "NOREPLICAS", "UNBLOCKED", "MASTERDOWN")
+    return isinstance(error, errors.ResponseError) and str(error).startswith(words)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error's message as one short line, without the internals that redis-py and Lua scripts append."""
+    return re.split(r"\n|\.? script: | : <", str(error))[0].rstrip(".") or type(error).__name__
+
+
+def explain(error: BaseException, url: str) -> str:
+    """Return one line for a person: what went wrong, at which URL (without its password), what to do."""
+    where = f"Redis at {safe_url(url)}"
+    reason = reason_of(error)
+    if isinstance(error, errors.AuthenticationError | errors.NoPermissionError):
+        return f"{where} refused the login or the command ({reason}). Check the user and password in REDIS_URL."
+    if isinstance(error, errors.BusyLoadingError):
+        return f"{where} is still loading its data. Try again in a moment."
+    if isinstance(error, errors.InvalidResponse):
+        return f"what answers is no Redis at {safe_url(url)} ({reason}). Check host and port in REDIS_URL."
+    if isinstance(error, errors.ReadOnlyError):
+        return f"{where} is read-only ({reason}). Point REDIS_URL at the primary."
+    if isinstance(error, errors.OutOfMemoryError):
+        return f"{where} is out of memory ({reason}). Free some, or raise its maxmemory."
+    if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.RedisClusterException | OSError):
+        return f"cannot reach {where} ({reason}). Is it running? Unset REDIS_URL to use the embedded server."
+    return f"{where} answered: {reason}"
