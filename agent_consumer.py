@@ -1,6 +1,6 @@
 """Pop tasks from the queue and be an agent: think, use tools, look at the results, and report every step live.
 
-Usage:   python agent_consumer.py [--concurrency N] [--burst] [--llm-delay SECONDS] [--llm-fail-rate P]
+Usage:   python agent_consumer.py [--concurrency N] [--burst] [--llm-delay S] [--llm-fail-rate P] [--llm-rate 10/s]
 Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server; email goes to $SMTP_URL, else to outbox/
 Keys:    pops task_queue (BRPOP), appends to task_logs:<id> (XADD)
 See:     tutorial/part4.md
@@ -11,9 +11,11 @@ writes `started`, `error` and the terminal event. Everything between is written 
 """
 
 import argparse
+import hashlib
 import inspect
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,15 +23,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent_tools import ToolError, ToolUnavailable, make_tools
-from ailf.messaging.redis import to_json
+from ailf.messaging.redis import RedisRateLimiter, RedisUnavailable, to_json
 from mock_llm import LLMError, MockLLM
 from task_streams import PermanentFailure, Task, TaskLog
 from task_streams.cli import run
+from task_streams.keys import LLM_RATE
 from task_streams.worker import add_worker_arguments, run_worker, worker_options
 
 HERE = Path(__file__).resolve().parent
 MAX_STEPS = 8  # questions to the LLM about one task: an agent that runs in circles is stopped
 MAX_RESULT_CHARS = 20_000  # of one tool result, in the stream and in the prompt: both are paid for by size
+POLL_SECONDS = 0.5  # how soon an agent that waits for its turn hears that its task was cancelled
 DELTA_SECONDS = 0.06  # between two llm_delta entries: words still seem to flow, in fewer than 20 entries a second
 
 Tools = dict[str, Callable[..., dict[str, Any]]]
@@ -81,9 +85,10 @@ class Agent:
     the worker retries such a task. PermanentFailure means that trying again would not help.
     """
 
-    def __init__(self, llm: LLM, tools: Tools) -> None:
+    def __init__(self, llm: LLM, tools: Tools, limiter: RedisRateLimiter | None = None) -> None:
         self.llm = llm
         self.tools = tools
+        self.limiter = limiter
 
     def __call__(self, task: Task, log: TaskLog) -> dict[str, Any]:
         kind, payload = check_task(task.data)
@@ -105,8 +110,10 @@ class Agent:
             log.add("chain_of_thought", step="choosing_tool", thought=thought)
             name, arguments = reply["action"]["tool"], reply["action"]["arguments"]
             if name == "email_sender.send":
-                # subtle: ours, never the LLM's. A retry of this task gives the same id, so it sends no second email.
-                arguments["message_id"] = f"task-{task.id}"
+                # subtle: ours, never the LLM's. A retry of this task gives the same id, so it sends no second email;
+                # another task, on another server that counts from 1 as well, does not.
+                digest = hashlib.sha256(to_json(task.data).encode()).hexdigest()
+                arguments["message_id"] = f"task-{task.id}-{digest[:8]}"
             results.append(self.use_tool(name, arguments, f"call-{task.attempt}-{step}", log))
             log.add("progress", percent=min(95, 100 * step // (kind.usual_steps + 1)), step=name)
         raise PermanentFailure(f"the LLM came to no end within {MAX_STEPS} steps")
@@ -126,12 +133,30 @@ class Agent:
 
     def ask(self, prompt: str, log: TaskLog) -> str:
         """Put one prompt to the LLM, and let everybody watch the words arrive. All calls to the LLM pass here."""
+        self.await_turn(log)
         reply = ""
         for text in coalesce(self.llm.stream(prompt)):
             log.add("llm_delta", text=clip(text))
             reply += text
         log.add("llm_response", model=self.llm.model, response=clip(reply))
         return reply
+
+    def await_turn(self, log: TaskLog) -> None:
+        """Wait until the limit that all workers share allows one more call to the LLM; tell the watchers why."""
+        told = False
+        while self.limiter is not None:
+            try:
+                allowed, _, wait_seconds = self.limiter.check(self.llm.model)
+            except RedisUnavailable:  # wait as log.add does: for as long as the lease may be believed
+                allowed, wait_seconds = False, POLL_SECONDS
+            if allowed:
+                return
+            if not told:
+                limit = f"{self.limiter.rate} in {self.limiter.period:g} s"
+                log.add("rate_limited", limit=limit, wait_ms=round(wait_seconds * 1000))
+            told = True
+            time.sleep(min(wait_seconds, POLL_SECONDS))
+            log.check()
 
     def use_tool(self, name: str, arguments: dict[str, Any], call_id: str, log: TaskLog) -> dict[str, Any]:
         """Call a tool between two `tool_usage` entries, and return what the LLM is told of it.
@@ -259,6 +284,17 @@ def number(least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
+def rate(text: str) -> tuple[int, float]:
+    """Return calls and seconds. rate("10/s") -> (10, 1.0); rate("100/m") -> (100, 60.0); rate("1/0.5s") -> (1, 0.5)"""
+    match = re.fullmatch(r"([0-9]+)/([0-9]+(?:\.[0-9]+)?)?(s|m|h)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} is not a rate, as 10/s, 100/m or 1/5s")
+    calls, seconds = int(match[1]), float(match[2] or 1) * {"s": 1, "m": 60, "h": 3600}[match[3]]
+    if not calls or not seconds:
+        raise argparse.ArgumentTypeError(f"{text} would allow nothing")
+    return calls, seconds
+
+
 def directory(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a directory")
@@ -271,14 +307,19 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--llm-delay", type=number(0, 60), default=0.5, metavar="S", help="seconds that the LLM takes to reply (0.5)")
     add("--llm-fail-rate", type=number(0, 1), default=0.0, metavar="P", help="share of the LLM's calls that fail (0)")
+    add("--llm-rate", type=rate, metavar="R", help="calls to the LLM by all workers together: 10/s, 100/m (no limit)")
     add("--data-root", type=directory, default=HERE, metavar="DIR", help="the only folder that tools read from")
     add("--outbox", type=Path, default=HERE / "outbox", metavar="DIR", help="where email goes without SMTP_URL")
     args = parser.parse_args(argv)
 
     llm = MockLLM(args.llm_delay, args.llm_fail_rate)  # a real client goes here: mock_llm.py shows how
     tools = make_tools(args.data_root, args.outbox, os.environ.get("SMTP_URL"))
+    limiter = None
+    if args.llm_rate:  # counted in Redis, so that all workers together stay below the LLM provider's limit
+        calls, seconds = args.llm_rate
+        limiter = RedisRateLimiter(LLM_RATE, calls, seconds)
     # LPUSH by producer.py; here BRPOP, claim, Agent(task, log) with its XADDs, then `completed`, `failed` or a retry.
-    return run_worker(Agent(llm, tools), **worker_options(args))
+    return run_worker(Agent(llm, tools, limiter), **worker_options(args))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ def say(text: str) -> None:
 def put(command: list[str]) -> str:
     """Run producer.py as typed, and return the id that it prints."""
     say("python producer.py " + subprocess.list2cmdline(command))
-    output = subprocess.run(
-        [sys.executable, "producer.py", *command], cwd=HERE, check=True, text=True, stdout=subprocess.PIPE
-    ).stdout
-    print(output, end="", flush=True)
-    return output.strip()
+    done = subprocess.run([sys.executable, "producer.py", *command], cwd=HERE, text=True, stdout=subprocess.PIPE)
+    print(done.stdout, end="", flush=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)  # producer.py has said why
+    return done.stdout.strip()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     print("\nAll of it is in Redis. Look, for example, at (after: source .venv/bin/activate):")
     print(f"  redis-cli XRANGE task_logs:{ids[0]} - +")
     print(f"  python stream_reader.py {ids[0]} --replay 1")
-    print(f"  cat outbox/task-{ids[2]}*.eml")
+    print(f"  cat outbox/task-{ids[2]}-*.eml")
     return 0
 
 

@@ -29,6 +29,7 @@ from typing import Any
 
 ROWS_PER_GROUP = 4  # a text column with fewer rows per value than this is a name or a date, not a category
 MONEY = ("revenue", "sales", "amount", "total", "price")  # what a column of interest is called, the best first
+NO_TOTAL = ("price", "mean", "average", "avg", "rate", "percent", "pct", "growth")  # adding these up means nothing
 OPENINGS = ("Let me see.", "Well.", "One step at a time.", "Hm.")
 
 
@@ -123,8 +124,9 @@ def decide_data(payload: dict[str, Any], results: list[dict[str, Any]]) -> Decis
     columns = described["columns"] if isinstance(described, dict) else {}  # a result that was too long came as text
     category, number = choose_category(columns), choose_number(columns)
     if category and number and "group_by" not in tried:
-        arguments = {"file": file, "by": category, "value": number, "how": "sum"}
-        return use("data_processor.group_by", arguments, f"{category} has few values: I sum {number} for each.")
+        how = "sum" if adds_up(number) else "mean"
+        arguments = {"file": file, "by": category, "value": number, "how": how}
+        return use("data_processor.group_by", arguments, f"{category} has few values: the {how} of {number} for each?")
     if number and "find_outliers" not in tried:
         arguments = {"file": file, "column": number}
         return use("data_processor.find_outliers", arguments, f"Is any {number} far from the others?")
@@ -155,19 +157,48 @@ def spread(column: dict[str, Any]) -> float:
     return float((column.get("stdev") or 0) / abs(column.get("mean") or 1))
 
 
+def adds_up(name: str) -> bool:
+    """Whether a column's total means something, as far as its name tells. "revenue" -> True; "mean_c" -> False"""
+    return any(word in name.lower() for word in MONEY) and not any(word in name.lower() for word in NO_TOTAL)
+
+
 def summarise(file: str, number: str | None, tried: dict[str, Any]) -> str:
     """Say in a sentence or two what the results are; all numbers are theirs, and what they lack is left out."""
     found = {action: call["result"] for action, call in tried.items() if isinstance(call.get("result"), dict)}
-    text = f"{file}: {found.get('load_file', {}).get('rows', 'an unknown number of')} rows"
-    column = found["describe"]["columns"][number] if number else {}
-    if column.get("sum") is not None:  # a file may have a header and no rows
-        text += f"; {number} adds up to {column['sum']:,.10g}, {column['mean']:,.2f} on average"
-    if groups := found.get("group_by", {}).get("groups"):
-        best = max(groups, key=lambda group: groups[group])
-        text += f". Most of it: {best} ({groups[best]:,.10g})"
+    rows, described = found.get("load_file", {}).get("rows", "an unknown number of"), found.get("describe", {})
+    if "words" in described:
+        return f"{file}: {described['lines']:,} lines, {described['words']:,} words."
+    text = f"{file}: {rows} rows"
+    column = described["columns"][number] if number else {}
+    figures: dict[str, Any] = {name: column.get(name) for name in ("mean", "min", "max")}
+    if number and adds_up(number):
+        figures["total"] = column.get("sum")
+    if number and None not in figures.values():  # it has no figures where there are no rows, or numbers beyond floats
+        text += f"; {number}: " + ", ".join(f"{name} {in_words(value)}" for name, value in figures.items())
+        if column["missing"]:
+            text += f" ({column['count']} of {rows} rows have a value)"
+        text += in_groups(found.get("group_by", {}), column)
     if "count" in found.get("find_outliers", {}):
         text += f". Outliers: {found['find_outliers']['count']}"
     return text + "."
+
+
+def in_groups(grouped: dict[str, Any], column: dict[str, Any]) -> str:
+    """Name the first group; a share only where it is one: of a total, to which every number adds."""
+    groups = {name: value for name, value in grouped.get("groups", {}).items() if value is not None}
+    if not groups:
+        return ""
+    best, how = max(groups, key=lambda name: float(groups[name])), grouped["how"]
+    if how == "sum" and column["min"] >= 0 and column["sum"] > 0:
+        return f". Largest share by {grouped['by']}: {best}, {100 * groups[best] / column['sum']:.3g} %"
+    return f". Highest {how} by {grouped['by']}: {best} ({in_words(groups[best])})"
+
+
+def in_words(number: float) -> str:
+    """Write a number for a person. 118107.0 -> "118,107"; 992.4957 -> "992.50"; 0.00123 -> "0.00123" """
+    if number == int(number):
+        return f"{number:,.15g}"
+    return f"{number:,.2f}" if abs(number) >= 1 else f"{number:.3g}"
 
 
 def use(tool: str, arguments: dict[str, Any], thought: str) -> Decision:

@@ -178,6 +178,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def produce(args: argparse.Namespace) -> None:
     if args.from_file is not None:
         try:
+            if args.from_file == "-" and sys.stdin is None:
+                raise UsageError("standard input is closed")
             source = sys.stdin.fileno() if args.from_file == "-" else args.from_file
             # newline="\n": only a line feed ends a JSON line. surrogateescape: a line that is not UTF-8 is named
             with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:  # noqa: PTH123

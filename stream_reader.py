@@ -4,7 +4,7 @@ Usage:   python stream_reader.py ID…                 to the end
          python stream_reader.py --all               every task, from now on, until Ctrl-C
          python stream_reader.py ID --since 1700000000000-7 | --no-follow | --json | --timeout 60
          python stream_reader.py ID --replay 2       a finished task again, twice as fast as it was
-Exits:   0 completed, 1 failed (or Redis cannot be reached), 2 cancelled, 3 timed out, 4 no such task
+Exits:   0 completed, 1 failed (or Redis cannot be reached), 2 cancelled, 3 not ended yet, 4 no such task
 Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server
 Keys:    XREADs task_logs:<id>, one connection for all of them
 See:     tutorial/part5.md
@@ -12,6 +12,7 @@ See:     tutorial/part5.md
 
 import argparse
 import json
+import logging
 import math
 import sys
 import time
@@ -19,22 +20,25 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from redis.exceptions import RedisError
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from ailf.messaging.redis import blocking_client, decode, encode
-from task_streams import Event, NoSuchTask, TaskLog, TaskQueue, keys
+from ailf.messaging.redis import blocking_client, decode, encode, is_transient
+from task_streams import Event, TaskLog, TaskQueue, keys
 from task_streams.cli import run
-from task_streams.log import BLOCK_SECONDS, check_cursor, follow
+from task_streams.log import BLOCK_SECONDS, check_cursor, follow, seq_of
 
-COMPLETED, FAILED, CANCELLED, TIMED_OUT, NO_SUCH_TASK = range(5)
+COMPLETED, FAILED, CANCELLED, NOT_ENDED, NO_SUCH_TASK = range(5)
 EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "cancelled": CANCELLED}
-NEW_TASKS = 1_000  # looked at once a second with --all
+OVERLAP_MS = 1_000  # by which two looks for new tasks overlap, with --all
 LONGEST_PAUSE_SECONDS = 5.0  # of a replay: nobody wants to watch a night in which nothing happened
 LONGEST_LINE_CHARS = 200  # of an event's text on a terminal; --json shows all of it
+ID_CHARS = 20  # of an id beside which everything else fits into 80 columns; a longer one is folded (on the bar: cut)
+BAR_CHARS = 20
 
 STYLES = {
     "started": "bold cyan",
@@ -44,6 +48,7 @@ STYLES = {
     "llm_response": "blue",
     "tool_usage": "yellow",
     "progress": "green",
+    "rate_limited": "dim yellow",
     "error": "red",
     "worker_lost": "bold red",
     "completed": "bold green",
@@ -59,13 +64,27 @@ NOT_IN_TEXT = {"timestamp", "attempt", "seq"}
 # -- events: where they come from -------------------------------------------------------------------------------
 
 
+def read(task_id: str, since: str, queue: TaskQueue) -> list[Event]:
+    """Return the events after an entry id, and before them a `gap` where trimming has passed it."""
+    events = TaskLog(task_id, queue.redis).read(since)
+    seq = seq_of(since)
+    first = events[0].fields.get("seq") if events else None
+    if seq is None or not isinstance(first, int) or first <= seq + 1:
+        return events
+    return [Event(since, "gap", {"missed": first - seq - 1}), *events]
+
+
 def replay(events: list[Event], speed: float) -> Iterator[Event]:
     """Yield the events of a finished task with the pauses that they had, divided by `speed`."""
     before: datetime | None = None
     for event in events:
-        at = datetime.fromisoformat(event.fields["timestamp"])
-        if before is not None:
-            time.sleep(min((at - before).total_seconds() / speed, LONGEST_PAUSE_SECONDS))
+        at: datetime | None
+        try:
+            at = datetime.fromisoformat(event.fields["timestamp"])
+        except (KeyError, TypeError, ValueError):  # an entry that somebody added by hand
+            at = before
+        if before is not None and at is not None:
+            time.sleep(max(0.0, min((at - before).total_seconds() / speed, LONGEST_PAUSE_SECONDS)))
         before = at
         yield event
 
@@ -74,11 +93,11 @@ def events_of(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str,
     """Yield (task id, event); ("", None) at least once a second while nothing happens."""
     if args.replay is not None:
         for task_id in args.ids:
-            for event in replay(TaskLog(task_id, queue.redis).read(args.since), args.replay):
+            for event in replay(read(task_id, args.since, queue), args.replay):
                 yield task_id, event
     elif args.no_follow:
         for task_id in args.ids:
-            for event in TaskLog(task_id, queue.redis).read(args.since):
+            for event in read(task_id, args.since, queue):
                 yield task_id, event
     elif args.all:
         yield from events_of_all(args, queue)
@@ -90,13 +109,21 @@ def events_of(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str,
 def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str, Event | None]]:
     """Follow every task that is unfinished or put from now on; new ones join once a second."""
     deadline = math.inf if args.timeout is None else time.monotonic() + args.timeout
-    known = set(queue.redis.zrange(keys.RECENT, 0, -1)) - set(queue.redis.zrange(keys.UNFINISHED, 0, -1))
+    known: set[str] = set(queue.redis.zrange(keys.RECENT, 0, -1)) - set(queue.redis.zrange(keys.UNFINISHED, 0, -1))
+    put_at = 0.0  # of the newest task that was found (ms)
     cursors: dict[str, str] = {}
 
     def look_for_new() -> float:
-        new = [task_id for task_id in queue.redis.zrange(keys.RECENT, -NEW_TASKS, -1) if task_id not in known]
-        known.update(new)
-        cursors.update(dict.fromkeys(new, args.since))  # follow() takes them up
+        nonlocal known, put_at
+        try:
+            found = queue.redis.zrange(keys.RECENT, put_at - OVERLAP_MS, "+inf", byscore=True, withscores=True)
+        except RedisError as error:
+            if not is_transient(error):
+                raise
+            return time.monotonic() + BLOCK_SECONDS  # follow() says it, where there is anything to follow
+        cursors.update({task_id: args.since for task_id, _ in found if task_id not in known})  # follow() takes them up
+        if found:  # from now on only what was put since then, and shortly before, is asked for and need be known
+            known, put_at = {task_id for task_id, _ in found}, found[-1][1]
         return time.monotonic() + BLOCK_SECONDS
 
     blocking = blocking_client(queue.redis, BLOCK_SECONDS)
@@ -117,8 +144,8 @@ def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[
 # -- printing ---------------------------------------------------------------------------------------------------
 
 
-def text_of(event: Event) -> str:
-    """Return what an event says, as one line for a person: the value alone where there is one, else name=value."""
+def text_of(event: Event, before: Event | None) -> str:
+    """Return what an event says, as one line for a person, and not again what the task's event `before` it said."""
     values = {name: value for name, value in event.fields.items() if name not in NOT_IN_TEXT}
     shown = {name: encode(value) for name, value in values.items()}
     match event.name, shown:
@@ -126,8 +153,17 @@ def text_of(event: Event) -> str:
             return f"{values['missed']} event(s) missed: the stream was trimmed"
         case "reset", _:
             return "the stream was lost in part; reading it from its start"
+        case "started", {"worker": worker}:
+            return worker if (n := event.fields.get("attempt")) in (None, 0, 1) else f"attempt {n}  {worker}"
+        case "error", {"error": error, "error_type": error_type}:
+            return f"{error_type}: {error}" + ("  (to be tried again)" if values.get("will_retry") else "")
+        case "failed", {"error": error, "attempts": attempts}:
+            said = before is not None and before.name == "error" and before.fields.get("error") == values["error"]
+            return f"after {attempts} attempt(s)" + ("" if said else f": {error}")
         case "progress", {"percent": percent}:
             return f"{percent:>3} %  {shown.get('step', '')}"
+        case "rate_limited", {"limit": limit, "wait_ms": wait_ms}:
+            return f"waits {wait_ms} ms: no more than {limit}"
         case "tool_usage", {"tool": tool, "action": action, "status": status}:
             duration = f" in {shown['duration_ms']} ms" if "duration_ms" in shown else ""
             return f"{tool}.{action} {status}{duration}  {shown.get('result', shown.get('arguments', ''))}"
@@ -142,17 +178,17 @@ def text_of(event: Event) -> str:
 
 
 class PlainPrinter:
-    """One line an event, for pipes: JSON, or time, task, event and text."""
+    """One line an event, for pipes: JSON, or time, task, event and text, without the LLM's words one by one."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
-    def show(self, task_id: str, event: Event) -> None:
+    def show(self, task_id: str, event: Event, before: Event | None) -> None:
         if self.as_json:
             # ASCII only, so that any text, a lone surrogate too, goes through any pipe
             print(json.dumps({"task": task_id, **event.as_dict()}), flush=True)
-        else:
-            line = f"{event.fields.get('timestamp', '-')} {task_id} {event.name} {text_of(event)}"
+        elif event.name != "llm_delta":
+            line = f"{event.fields.get('timestamp', '-')} {task_id} {event.name} {text_of(event, before)}"
             print(printable(line), flush=True)
 
     def waiting(self, task_id: str, ahead: int | None) -> None:
@@ -167,27 +203,40 @@ class TerminalPrinter:
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
-        bar = BarColumn(bar_width=30)
-        columns = (TextColumn("task {task.fields[id]}"), bar, TextColumn("{task.description}"), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=self.console)
+        # subtle: without markup=False a task's "[/b]" would be an error, and its "[b]" would be obeyed
+        name, rest = Column(max_width=5 + ID_CHARS, no_wrap=True), Column(ratio=1, no_wrap=True)
+        columns = (
+            TextColumn("task {task.fields[id]}", markup=False, table_column=name),
+            BarColumn(BAR_CHARS),
+            TextColumn("{task.description}", markup=False, table_column=rest),
+            TimeElapsedColumn(Column(no_wrap=True)),
+        )
+        self.progress = Progress(*columns, console=self.console, expand=True)
         self.bars: dict[str, Any] = {}
         self.words: dict[str, str] = {}  # the LLM's words so far, on the bar until its response is complete
-        self.live = Live(self.progress, console=self.console, refresh_per_second=10, transient=True)
+        ours = sys.stderr.isatty()  # then what is logged stands above the bars; a file gets it as ever
+        self.live = Live(
+            self.progress, console=self.console, refresh_per_second=10, transient=True, redirect_stderr=ours
+        )
         self.live.start()
+        log_to_stderr()
 
-    def show(self, task_id: str, event: Event) -> None:
+    def show(self, task_id: str, event: Event, before: Event | None) -> None:
         bar = self._bar(task_id)
         if event.name == "llm_delta":
             self.words[task_id] = self.words.get(task_id, "") + str(event.fields.get("text", ""))
-            self.progress.update(bar, description=printable(self.words[task_id][-60:]))
+            room = self.console.width - BAR_CHARS - min(max(map(len, self.bars)), ID_CHARS) - len("task     0:00:00")
+            self.progress.update(bar, description=printable(self.words[task_id])[-max(room, 10) :])
             return
-        self.words.pop(task_id, None)
-        if event.name == "progress":
-            self.progress.update(bar, total=100, completed=event.fields.get("percent", 0))
+        words = self.words.pop(task_id, "")
+        percent = {"started": 0, "progress": event.fields.get("percent")}.get(event.name)  # an attempt begins anew
+        if isinstance(percent, int | float):
+            self.progress.update(bar, total=100 if event.name == "progress" else None, completed=percent)
         self.progress.update(bar, description=event.name.replace("_", " "))
         if event.is_terminal:
             self.progress.remove_task(self.bars.pop(task_id))
-        self.console.print(self._row(task_id, event))
+        if event.name != "llm_response" or words != event.fields.get("response"):  # else its words were on the bar
+            self.console.print(self._row(task_id, event, before))
 
     def waiting(self, task_id: str, ahead: int | None) -> None:
         place = "next in the queue" if ahead == 0 else f"{ahead} ahead in the queue"
@@ -195,19 +244,20 @@ class TerminalPrinter:
 
     def close(self) -> None:
         self.live.stop()
+        log_to_stderr()
 
     def _bar(self, task_id: str) -> Any:
         if task_id not in self.bars:
             self.bars[task_id] = self.progress.add_task("", total=None, id=task_id)
         return self.bars[task_id]
 
-    def _row(self, task_id: str, event: Event) -> Table:
+    def _row(self, task_id: str, event: Event, before: Event | None) -> Table:
         style = STYLES.get(event.name, "")
-        text = printable(text_of(event))
+        text = printable(text_of(event, before))
         if len(text) > LONGEST_LINE_CHARS:
             text = f"{text[:LONGEST_LINE_CHARS]} … ({len(text):,} characters; --json shows all)"
         row = Table.grid(padding=(0, 2, 0, 0))
-        for width in (8, max(3, len(task_id)), 16, None):
+        for width in (8, min(max(3, len(task_id)), ID_CHARS), 16, None):
             row.add_column(width=width, overflow="fold")
         clock = str(event.fields.get("timestamp", ""))[11:19]
         row.add_row(
@@ -224,39 +274,56 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def log_to_stderr() -> None:
+    """Let the log follow sys.stderr, which Live replaces: lines written past it would run into the bars."""
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)
+
+
 # -- the whole --------------------------------------------------------------------------------------------------
 
 
-def check_tasks(ids: list[str], queue: TaskQueue) -> None:
-    for task_id in ids:
-        known = queue.redis.exists(keys.record(task_id)) or queue.redis.exists(keys.stream(task_id))
-        if not known and not queue.is_listed(task_id):
-            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
+def is_known(task_id: str, queue: TaskQueue) -> bool:
+    known = queue.redis.exists(keys.record(task_id)) or queue.redis.exists(keys.stream(task_id))
+    return bool(known) or queue.is_listed(task_id)
+
+
+def place(task_id: str, queue: TaskQueue) -> int | None:
+    """Return how many tasks are before this one; None where that is not known, as while Redis is away."""
+    try:
+        return queue.ahead(task_id)
+    except RedisError as error:
+        if not is_transient(error):
+            raise
+        return None
 
 
 def watch(args: argparse.Namespace, queue: TaskQueue) -> int:
     """Show the events; return the worst outcome of the tasks as an exit code."""
     printer = TerminalPrinter() if sys.stdout.isatty() and not args.json else PlainPrinter(args.json)
-    outcomes: dict[str, str] = {}
-    silent = set(args.ids)
+    latest: dict[str, Event] = {}  # each task's
     try:
         for task_id, event in events_of(args, queue):
             if event is None:
-                for waiting_id in silent:
-                    printer.waiting(waiting_id, queue.ahead(waiting_id))
+                for silent_id in [task_id for task_id in args.ids if task_id not in latest]:
+                    printer.waiting(silent_id, place(silent_id, queue))
                 continue
-            silent.discard(task_id)
-            printer.show(task_id, event)
-            if event.is_terminal:
-                outcomes[task_id] = event.name
+            printer.show(task_id, event, latest.get(task_id))
+            latest[task_id] = event
+            if args.all and event.is_terminal:
+                del latest[task_id]
     finally:
         printer.close()
-    for task_id in args.ids:
-        if task_id not in outcomes and (record := queue.get(task_id)) is not None:
-            outcomes[task_id] = record["status"]
-            if not TaskLog(task_id, queue.redis).last() and record["status"] in keys.TERMINAL:
-                print(f"task {task_id}: {record['status']}; its stream has expired", file=sys.stderr)
-    return max((EXIT_CODES.get(outcome, COMPLETED) for outcome in outcomes.values()), default=COMPLETED)
+    outcomes = {task_id: event.name for task_id, event in latest.items() if event.is_terminal}
+    for task_id in [task_id for task_id in args.ids if task_id not in outcomes]:
+        last, record = TaskLog(task_id, queue.redis).last(), queue.get(task_id) or {"status": "waiting"}
+        outcomes[task_id] = last.name if last is not None and last.is_terminal else record["status"]
+        if outcomes[task_id] not in keys.TERMINAL:
+            print(f"stream_reader.py: task {task_id} has not ended: {outcomes[task_id]}", file=sys.stderr)
+        elif last is None:
+            print(f"task {task_id}: {outcomes[task_id]}; its stream has expired", file=sys.stderr)
+    return max((EXIT_CODES.get(outcome, NOT_ENDED) for outcome in outcomes.values()), default=COMPLETED)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -302,16 +369,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     queue = TaskQueue()
     try:
-        check_tasks(args.ids, queue)
-        return watch(args, queue)
-    except NoSuchTask as error:
-        print(f"stream_reader.py: {error}", file=sys.stderr)
-        return NO_SUCH_TASK
+        unknown = [task_id for task_id in args.ids if not is_known(task_id, queue)]
+        args.ids = [task_id for task_id in args.ids if task_id not in unknown]
+        code = watch(args, queue) if args.ids or args.all else NO_SUCH_TASK
     except TimeoutError:
         print(f"stream_reader.py: not ended within {args.timeout:g} s", file=sys.stderr)
-        return TIMED_OUT
+        code = NOT_ENDED
     finally:
         queue.close()
+    for task_id in unknown:
+        print(f"stream_reader.py: no task {task_id}: it was never put, or it finished long ago", file=sys.stderr)
+    return NO_SUCH_TASK if unknown else code
 
 
 if __name__ == "__main__":

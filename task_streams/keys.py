@@ -10,8 +10,13 @@ UNFINISHED = "{task_queue}:unfinished"  # zset: id -> when it was put (ms); the 
 LEASES = "{task_queue}:leases"  # zset: id -> when its lease ends (ms, the server's clock)
 RECENT = "{task_queue}:recent"  # zset: the last ids, for lists
 DEAD = "{task_queue}:dead"  # list: tasks given up on, with the reason
+FINISHED = "{task_queue}:finished"  # stream: id and status of the last tasks that ended, for consumer groups
 
-FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD)  # all other keys belong to one task and expire
+FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD, FINISHED)  # all other keys expire
+
+CANCEL_CHANNEL = "task_queue:cancel"  # PubSub: the id of a task whose record asks for its end
+RECOVERY_LOCK = "task_queue:recovery"  # RedisLock: its holder looks for lost tasks
+LLM_RATE = "llm_rate"  # RedisRateLimiter: the calls of all workers to one LLM
 
 
 def record(task_id: str) -> str:
@@ -38,6 +43,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "llm_response": ("model", "response"),
     "tool_usage": ("call_id", "tool", "action", "status", "arguments", "result", "duration_ms"),
     "progress": ("percent", "step"),
+    "rate_limited": ("limit", "wait_ms"),
     "error": ("error", "error_type", "will_retry"),
     "worker_lost": ("worker",),
     "completed": ("result", "duration_ms"),

@@ -118,6 +118,14 @@ class TaskLog:
             raise TaskCancelled(self.lease.cancel_reason)
         return self.add_always(event, **fields)
 
+    def check(self) -> None:
+        """Raise LeaseLost or TaskCancelled where add() would, without writing: for a handler that waits."""
+        if self.lease is not None:
+            if self.lease.cancel_reason is not None:
+                raise TaskCancelled(self.lease.cancel_reason)
+            if self.lease.lost.is_set() or time.monotonic() > self.lease.deadline:
+                raise LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
+
     def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even when a cancellation was asked for: the worker's way to write the end."""
         if not event.isidentifier() or event in ("gap", "reset"):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from redis import RedisCluster
 
-from ailf.messaging.redis import Client, blocking_client, connect, from_json, to_json
+from ailf.messaging.redis import Client, blocking_client, connect, encode, from_json, to_json
 
 from . import keys
 from .lua import load
@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 MAX_DATA_BYTES = 1_000_000  # of a task's data as JSON; larger things belong in a file that the task names
 RECENT_TASKS = 10_000  # ids kept for lists
-DEAD_LETTERS = 100_000  # kept in `dead`; older ones go
+DEAD_LETTERS = 10_000  # kept in `dead`; older ones go
+FINISHED_TASKS = 10_000  # entries kept of `finished`, approximately
+REQUEUE_PAGE = 100  # dead letters read at one time
 RECORD_TTL_SECONDS = 48 * 3600  # twice the stream's, so that "expired" is not mistaken for "never started"
 LEASE_SECONDS = 10.0  # a killed worker's tasks run again within 15 s; a frozen server of 6.5 s is survived
 BLOCK_SECONDS = 1.0  # of one BRPOP: short, so that Ctrl-C is noticed within a second
@@ -38,9 +40,12 @@ AUDIT_GRACE_MS = 1_000  # how long a popped task may stay unclaimed
 AUDIT_LIMIT = 1_000  # of the ledger looked at in one audit
 AUDIT_LIST = 10_000  # elements among which a suspected task is looked for
 AUDIT_AGAIN_MS = 10_000  # how long a task that was found there is not suspected again
+MAX_OWN_ID = 120  # characters; a requeued task's id needs some more
 PUT_BATCH = 500  # tasks per pipeline
 PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
 
+DROPPED = {"held": "it runs or waits for its retry", "done": "a task of that id has ended"}
+_REQUEUED = re.compile(r"\.r[0-9]+$")  # the end of a requeued task's id
 _ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 Outcome = Literal["completed", "failed", "cancelled"]
 
@@ -206,7 +211,9 @@ class TaskQueue:
         try:
             task = parse_element(element)
         except Malformed as error:
-            self.bury({"reason": str(error), "element": element.decode(errors="backslashreplace")})
+            logger.warning("an element of %s is no task: %s; it is in %s now", keys.QUEUE, error, keys.DEAD)
+            text = element[:MAX_DATA_BYTES].decode(errors="backslashreplace")
+            self.bury({"reason": str(error), "element": text, "bytes": len(element)})
             return None
         return self._claim(task.id, to_json(task.data), worker, lease_seconds, token)
 
@@ -225,7 +232,7 @@ class TaskQueue:
             [task_id, token, worker, int(lease_seconds * 1000), data, RECENT_TASKS],
         )
         if reply[0] != "claimed":
-            logger.info("task %s: dropped a copy of it (%s)", task_id, reply[0])
+            logger.info("task %s: dropped an element with its id (%s)", task_id, DROPPED.get(reply[0], reply[0]))
             return None
         _, data, attempt, failures, lost, cancel = reply
         return Task(task_id, from_json(data), int(attempt), token, int(failures), lost, cancel)
@@ -240,18 +247,27 @@ class TaskQueue:
         """Close the record after the task's stream has ended; a failed task goes to `dead` too. False: lease lost."""
         letter = {"id": task.id, "data": task.data, "reason": result, "attempts": task.attempt}
         args = [task.id, task.token, outcome, to_json(result), RECORD_TTL_SECONDS * 1000]
-        args += [to_json(letter) if outcome == "failed" else "", DEAD_LETTERS]
-        return bool(self._run("finish", [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD], args))
+        args += [to_json(letter) if outcome == "failed" else "", DEAD_LETTERS, FINISHED_TASKS, encode(task.id)]
+        script_keys = [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD, keys.FINISHED]
+        return bool(self._run("finish", script_keys, args))
 
     def retry(self, task: Task, delay_seconds: float) -> bool:
         """Count a failure and let the task rest; recover pushes it again after delay_seconds. False: lease lost."""
         args = [task.id, task.token, int(delay_seconds * 1000)]
         return bool(self._run("retry", [keys.record(task.id), keys.LEASES], args))
 
-    def release(self, task: Task) -> bool:
-        """Hand a task back: it is the next to be popped, and nothing is counted. False: lease lost."""
-        script_keys = [keys.QUEUE, keys.record(task.id), keys.LEASES]
-        return bool(self._run("release", script_keys, [task.id, task.token, _id_json(task.id)]))
+    def release(self, tasks: Sequence[Task]) -> list[bool]:
+        """Hand tasks back, in one round trip: they are popped next, and nothing is counted. False: lease lost."""
+        calls = [
+            ([keys.QUEUE, keys.record(task.id), keys.LEASES], [task.id, task.token, _id_json(task.id)])
+            for task in tasks
+        ]
+        return [bool(reply) for reply in repeat(lambda: self._run_many("release", calls), self.patience_seconds)]
+
+    def put_back(self, elements: Sequence[bytes]) -> None:
+        """Put popped elements that nobody claimed back, as the next to be popped. Repeated, it adds copies, which the
+        claim drops."""
+        repeat(lambda: self._blocking.rpush(keys.QUEUE, *reversed(elements)), self.patience_seconds)
 
     def recover(self) -> int:
         """Push again what is owed and nobody works on (100 tasks at most); return how many. Any worker may call it."""
@@ -294,21 +310,27 @@ class TaskQueue:
     def requeue_dead(self) -> tuple[list[tuple[str, Task]], int]:
         """Put every dead task again; return the pairs (old id, new task), and how many letters hold no task.
 
-        The new id is derived from the old (7 -> 7.2 -> 7.3), so that doing it twice, or being killed half-way, puts no
-        task twice. A letter is removed after its task was put.
+        The new id is derived from the old (7 -> 7.r2 -> 7.r3), so that doing it twice, or being killed half-way, puts
+        no task twice. A letter is removed after its task was put.
         """
         pairs: list[tuple[str, Task]] = []
-        letters = self.redis.lrange(keys.DEAD, 0, -1)
-        for letter in reversed(letters):
-            content = from_json(letter)
-            if "data" not in content:
-                continue
-            old = str(content["id"])
-            base, dot, run = old.rpartition(".")
-            new = f"{base}.{int(run) + 1}" if dot and run.isdigit() else f"{old}.2"
-            pairs.append((old, self.put(content["data"], id=new)))
-            self.redis.lrem(keys.DEAD, -1, letter)
-        return pairs, len(letters) - len(pairs)
+        others = 0
+        for _ in range(-(-self.redis.llen(keys.DEAD) // REQUEUE_PAGE)):
+            for letter in reversed(self.redis.lrange(keys.DEAD, -REQUEUE_PAGE - others, -1 - others)):
+                content = from_json(letter)
+                if "data" not in content:
+                    others += 1
+                    continue
+                old = str(content["id"])
+                run = _REQUEUED.search(old)
+                base, number = (old[: run.start()], int(run[0][2:]) + 1) if run else (old, 2)
+                task, new = self._put_as(f"{base}.r{number}", _check_data(content["data"]))
+                while not new and task.data != content["data"]:  # somebody pushed that id by hand
+                    number += 1
+                    task, new = self._put_as(f"{base}.r{number}", _check_data(content["data"]))
+                pairs.append((old, task))
+                self.redis.lrem(keys.DEAD, -1, letter)
+        return pairs, others
 
     def get(self, task_id: str) -> dict[str, Any] | None:
         """Return a task's record, decoded: data, status, attempts, failures, worker, put_at (ms) …; None if none."""
@@ -322,10 +344,19 @@ class TaskQueue:
 
     def ahead(self, task_id: str, within: int = 10_000) -> int | None:
         """Return how many waiting tasks are popped before this one; None where it is not among the next `within`."""
-        data = self.redis.hget(keys.record(task_id), "data")
-        element = f'{{"id": {_id_json(task_id)}, "data": {data}}}'
-        place = self.redis.lpos(keys.QUEUE, element, rank=-1, maxlen=within) if data is not None else None
+        element = self._element(task_id)
+        place = self.redis.lpos(keys.QUEUE, element, rank=-1, maxlen=within) if element else None
         return None if place is None else int(self.redis.llen(keys.QUEUE)) - 1 - int(place)
+
+    def _element(self, task_id: str) -> str | None:
+        """Return the list element of a task that was put, as put.lua writes it."""
+        data = self.redis.hget(keys.record(task_id), "data")
+        return None if data is None else f'{{"id": {_id_json(task_id)}, "data": {data}}}'
+
+    def unlist(self, task_id: str) -> bool:
+        """Remove the element of a task that ended while it waited: it must not outlive the task's record. O(length)."""
+        element = self._element(task_id)
+        return bool(element and self.redis.lrem(keys.QUEUE, -1, element))
 
     def is_listed(self, task_id: str, within: int = 1_000) -> bool:
         """Say whether one of the next `within` elements has that id: so is found what was pushed by hand."""
@@ -348,6 +379,8 @@ class TaskQueue:
 def _check_own_id(task_id: str) -> str:
     if check_id(task_id).isdigit():
         raise ValueError(f"not an id of one's own: {task_id!r} (numbers belong to {keys.COUNTER}; add a letter)")
+    if _REQUEUED.search(task_id) or len(task_id) > MAX_OWN_ID:
+        raise ValueError(f"not an id of one's own: {task_id!r} ({MAX_OWN_ID} characters at most, no .r2 at the end)")
     return task_id
 
 

@@ -1,13 +1,15 @@
 """The loop around a handler: take tasks, keep their leases, report their ends, stop cleanly.
 
-    main thread   BRPOP when a slot is free; once a second it recovers what others lost
+    main thread   BRPOP when a slot is free; in one worker of all, once a second, it recovers what others lost
     slots         one thread per task at a time: claim, `started`, the handler, the terminal event, finish
-    heartbeat     one thread renews the leases of all running tasks, three times a lease
+    heartbeat     one thread renews the leases of all running tasks, three times a lease, and hears of cancellations
+    PubSub        one thread wakes the heartbeat when a running task is to be cancelled
 
 While Redis is away everything waits and tries again; leases that run out meanwhile are lost, and their tasks run again.
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -24,7 +26,18 @@ from uuid import uuid4
 
 from redis.exceptions import RedisError
 
-from ailf.messaging.redis import Client, connect, is_transient, reason_of, url_of
+from ailf.messaging.redis import (
+    Client,
+    LockNotOwned,
+    RedisLock,
+    RedisMessagingError,
+    RedisPubSub,
+    RedisUnavailable,
+    connect,
+    is_transient,
+    reason_of,
+    url_of,
+)
 
 from . import keys
 from .log import Lease, LeaseLost, StreamEnded, TaskCancelled, TaskLog
@@ -36,6 +49,7 @@ GRACE_SECONDS = 10.0  # how long running tasks may take to finish after Ctrl-C
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each
 LONGEST_BACKOFF_SECONDS = 60.0
 RECOVER_SECONDS = 1.0  # between two looks for lost tasks
+ELECTION_SECONDS = 3.0  # how long after its last look a worker that has gone still counts as the one that looks
 POLL_SECONDS = 0.1  # how soon a signal is noticed where nothing else wakes the main thread
 MAX_ERROR_CHARS = 2_000  # of an exception's message in an event
 
@@ -82,16 +96,29 @@ def run_worker(
 def cancel_task(queue: TaskQueue, task_id: str, reason: str) -> str:
     """Cancel a task and return "cancelled" (it waited, and has ended) or "requested" (its worker will end it).
 
-    A running task stops at its next log.add after its worker's next heartbeat. Raises NoSuchTask, or ValueError where
-    the task has ended.
+    A running task stops at its next log.add. Its record asks for that; the message only lets its worker look at once,
+    since a message reaches nobody who is not listening. Raises NoSuchTask, or ValueError where the task has ended.
     """
     task = queue.request_cancel(task_id, reason)
     if task is None:
+        RedisPubSub(queue.redis).publish(keys.CANCEL_CHANNEL, task_id)
         return "requested"
     log = TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token)
-    log.add("cancelled", reason=reason)
+    try:
+        log.add("cancelled", reason=reason)
+    except StreamEnded as ended:  # its worker died between the terminal event and finish
+        finish_as_ended(queue, task, log)
+        raise ValueError(f"task {task_id} has ended already: {ended}") from None
     queue.finish(task, "cancelled", reason)
+    queue.unlist(task_id)
     return "cancelled"
+
+
+def finish_as_ended(queue: TaskQueue, task: Task, log: TaskLog) -> None:
+    """Close the record of a task whose stream has its terminal event already: that counts."""
+    if (last := log.last()) is not None and last.is_terminal:
+        outcome = [last.fields[name] for name in ("result", "error", "reason") if name in last.fields]
+        queue.finish(task, last.name, next(iter(outcome), None))  # type: ignore[arg-type]
 
 
 class _Worker:
@@ -106,8 +133,13 @@ class _Worker:
         self.max_attempts, self.backoff_seconds = max_attempts, backoff_seconds
         self.signals = 0  # how many came; the signal handler's only business
         self.leaving = threading.Event()  # set when the running tasks are given up
+        self.beat_now = threading.Event()  # set when the next heartbeat must not wait
+        self.election = RedisLock(keys.RECOVERY_LOCK, ELECTION_SECONDS, client)
+        self.elected = False
+        self.cancellations = RedisPubSub(client)
         self.running: dict[str, tuple[Task, TaskLog, Lease]] = {}
         self.elements: SimpleQueue[bytes] = SimpleQueue()
+        self.unclaimed: list[bytes] = []  # popped, and not known to be claimed
         self.trouble: dict[str, float] = {}  # kind of operation -> since when it fails
         self.trouble_lock = threading.Lock()
 
@@ -119,12 +151,19 @@ class _Worker:
         for _ in range(concurrency):
             threading.Thread(target=self.slot, args=(slots,), daemon=True).start()
         threading.Thread(target=self.heartbeat, daemon=True).start()
+        self.listen_for_cancellations()
         logger.info("worker %s waits for tasks on %s at %s", self.name, keys.QUEUE, url_of(self.queue.redis))
         try:
-            self.take_until_stopped(slots, burst)
+            try:
+                self.take_until_stopped(slots, burst)
+            except RedisError:
+                self.finish_or_hand_back(slots, concurrency, 0)
+                raise
             return self.finish_or_hand_back(slots, concurrency, grace_seconds)
         finally:
             self.leaving.set()
+            self.beat_now.set()
+            self.cancellations.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.queue.close()
@@ -139,7 +178,9 @@ class _Worker:
             try:
                 if time.monotonic() >= recover_at:
                     recover_at = time.monotonic() + RECOVER_SECONDS
-                    if recovered := self.attempt("recover", self.queue.recover):
+                    if self.attempt("elect", self.is_elected) and (
+                        recovered := self.attempt("recover", self.queue.recover)
+                    ):
                         logger.info("pushed %d task(s) again: a retry is due, or a worker was lost", recovered)
                 if not slots.acquire(timeout=POLL_SECONDS):
                     continue
@@ -151,6 +192,9 @@ class _Worker:
                         slots.release()
                 if element is not None:
                     fault_point("popped")
+                    self.unclaimed.append(element)
+                    if self.signals:  # it came while we were told to stop: put back below
+                        return
                     self.elements.put(element)
                 elif burst and not self.running and self.attempt("count", self.queue.owed) == 0:
                     return
@@ -168,15 +212,34 @@ class _Worker:
         while idle < concurrency and time.monotonic() < deadline and self.signals < 2:
             idle += slots.acquire(timeout=POLL_SECONDS)
         self.leaving.set()
-        for task, _, lease in list(self.running.values()):
+        held = list(self.running.values())
+        for _, _, lease in held:
             lease.lost.set()
-            try:
-                if self.queue.release(task):
+        try:
+            if self.unclaimed:
+                self.queue.put_back(self.unclaimed)
+            for (task, _, _), released in zip(held, self.queue.release([task for task, _, _ in held]), strict=True):
+                if released:
                     logger.info("task %s handed back", task)
-            except RedisError:
-                logger.warning("task %s not handed back: its lease will run out by itself", task)
+        except RedisError:
+            logger.warning("%d task(s) not handed back: they run again when their leases are over", len(held))
+        if self.elected:
+            with contextlib.suppress(RedisMessagingError):  # then it expires by itself
+                self.election.release()
         logger.info("worker %s stopped", self.name)
         return 130 if self.signals > 1 else 0  # 128 + SIGINT, as shells count
+
+    def is_elected(self) -> bool:
+        """Say whether it is this worker that looks for lost tasks; the next one takes over where it does no more."""
+        try:
+            if self.elected:
+                with contextlib.suppress(LockNotOwned):
+                    self.election.extend()
+                    return True
+            self.elected = self.election.acquire(retry=0)
+            return self.elected
+        except RedisUnavailable as error:
+            raise (error.__cause__ or error) from None  # redis-py's own, which this loop knows how to wait out
 
     # -- the slots ----------------------------------------------------------------------------------------------
 
@@ -187,7 +250,7 @@ class _Worker:
                 self.process(element)
             except RedisError as error:
                 logger.error("a task was left to its lease: %s", error)
-            except Exception:
+            except BaseException:  # a slot must go on, or its worker would hang
                 logger.exception("the worker itself failed; the task runs again when its lease is over")
             finally:
                 slots.release()
@@ -202,6 +265,7 @@ class _Worker:
             return self.queue.claim(element, worker=self.name, lease_seconds=self.lease_seconds, token=token)
 
         task = self.insist("claim", claim)
+        self.unclaimed.remove(element)
         if task is None:
             return
         fault_point("claimed")
@@ -210,10 +274,8 @@ class _Worker:
         self.running[task.token] = task, log, lease
         try:
             self.work(task, log)
-        except StreamEnded:  # a worker died between the terminal event and finish: the event counts
-            if (last := log.last()) is not None and last.is_terminal:
-                outcome = [last.fields[name] for name in ("result", "error", "reason") if name in last.fields]
-                self.finish(task, last.name, next(iter(outcome), None))  # type: ignore[arg-type]
+        except StreamEnded:  # a worker died between the terminal event and finish
+            self.insist("write", lambda: finish_as_ended(self.queue, task, log))
         except LeaseLost as error:
             logger.warning("%s; leaving it", error)
         finally:
@@ -225,6 +287,7 @@ class _Worker:
             if task.lost_worker:
                 log.add_always("worker_lost", worker=task.lost_worker)
             if task.failures >= self.max_attempts:
+                logger.error("task %s failed: its worker was lost, %d times in all", task, task.failures)
                 self.give_up(task, log, f"its worker was lost ({task.lost_worker})", task.failures)
                 return
             log.add("started", worker=self.name)
@@ -243,7 +306,7 @@ class _Worker:
             log.add_always("cancelled", reason=str(cancelled))
             self.finish(task, "cancelled", str(cancelled))
             logger.info("task %s cancelled: %s", task, cancelled)
-        except (Exception, SystemExit) as error:  # the task boundary: whatever a task does, the worker goes on
+        except BaseException as error:  # the task boundary: whatever a task does, sys.exit() too, the worker goes on
             self.failed(task, log, error)
 
     def failed(self, task: Task, log: TaskLog, error: BaseException) -> None:
@@ -262,6 +325,7 @@ class _Worker:
         self.insist("write", lambda: self.queue.retry(task, delay))
 
     def give_up(self, task: Task, log: TaskLog, reason: str, failures: int) -> None:
+        """Write `failed`, and let the task go to the dead letters."""
         log.add_always("failed", error=reason, attempts=failures)
         self.finish(task, "failed", reason)
 
@@ -272,7 +336,9 @@ class _Worker:
 
     def heartbeat(self) -> None:
         pause = self.lease_seconds / 3
-        while not self.leaving.wait(pause):
+        while not self.leaving.is_set():
+            self.beat_now.wait(pause)
+            self.beat_now.clear()
             held = list(self.running.values())
             if not held:
                 continue
@@ -294,6 +360,19 @@ class _Worker:
                 if reply == 2 and lease.cancel_reason is None:
                     record = self.insist("heartbeat", partial(self.queue.get, task.id))
                     lease.cancel_reason = (record or {}).get("cancel", "cancelled")
+
+    def listen_for_cancellations(self) -> None:
+        # This worker itself says when Redis goes away and comes back; its subscription need not say it, too.
+        logging.getLogger("ailf.messaging.redis.pubsub").setLevel(logging.ERROR)
+        try:
+            self.cancellations.subscribe(keys.CANCEL_CHANNEL, self.on_cancel)
+            self.cancellations.run_in_thread()
+        except RedisMessagingError as error:
+            logger.warning("cancellations arrive with the next heartbeat only: %s", error)
+
+    def on_cancel(self, task_id: Any) -> None:
+        if any(task.id == str(task_id) for task, _, _ in list(self.running.values())):
+            self.beat_now.set()
 
     # -- Redis away ---------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ processes of a machine share. So a test can see who worked when, whatever the st
 """
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -47,6 +48,8 @@ def make_handler(journal: Journal) -> Any:
                     raise PermanentFailure("it cannot work")
                 case "exit":
                     sys.exit(3)
+                case "be cancelled":  # as a handler that runs an event loop of its own may be
+                    raise asyncio.CancelledError("as told")
                 case "return nonsense":
                     return {"a": object()}
             return {"attempt": task.attempt}

@@ -94,6 +94,30 @@ def test_occupied_port_is_left_to_its_owner(data_dir: Path) -> None:
     assert second == (first[0], False)
 
 
+def test_silent_server_gets_no_second_one_beside_it(data_dir: Path) -> None:
+    """Two servers on one append-only file would ruin it: while one lives, none is started, and the error names it."""
+    port, _ = embedded.find_or_start(free_port(), data_dir)
+    pid = int(Redis(port=port).info("server")["process_id"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for call in (lambda: embedded.find_or_start(port, data_dir), lambda: embedded.stop(data_dir)):
+            with pytest.raises(OSError, match=f"process {pid}"):
+                call()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    assert embedded.find_or_start(port, data_dir) == (port, False)
+
+
+def test_killed_server_is_started_again(data_dir: Path) -> None:
+    """After kill -9 nothing stands in the way of a new one."""
+    port, _ = embedded.find_or_start(free_port(), data_dir)
+    os.kill(int(Redis(port=port).info("server")["process_id"]), signal.SIGKILL)
+    wait_until(lambda: not embedded.answers_ping(port), "it is dead")
+
+    assert embedded.find_or_start(port, data_dir) == (port, True)
+
+
 def test_stop_does_not_touch_another_server(valkey: Server, data_dir: Path) -> None:
     """A recorded port that belongs to another Redis by now is left alone."""
     data_dir.mkdir()

@@ -1,9 +1,17 @@
 """The pages say what the code does."""
 
 import re
+import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from conftest import Server, wait_until
+
 from task_streams import keys
+
+Start = Callable[..., "subprocess.Popen[str]"]
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -32,6 +40,38 @@ def test_readme_line_counts_are_those_of_the_files() -> None:
 
 def test_links_lead_to_files() -> None:
     """Every relative link of README and docs leads to something in the tree."""
-    for page in [DOCS.parent / "README.md", *DOCS.glob("*.md")]:
+    for page in [DOCS.parent / "README.md", *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# -- the messaging guide: every block is run --------------------------------------------------------------------
+
+GUIDE = DOCS / "source" / "guides" / "redis.md"
+BLOCK = re.compile(r"^```python( background)?\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+SECTIONS = [section for section in re.split(r"^## ", GUIDE.read_text(), flags=re.MULTILINE) if "```python" in section]
+WAITING = {"subscribe", "psubscribe", "xreadgroup"}  # the last command of a client that waits for messages
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
+def test_guide_prints_what_it_says(valkey: Server, script: Start, section: str) -> None:
+    """Each block of a section, in order, prints what stands below it; those that wait do so until all have run."""
+    background: list[tuple[subprocess.Popen[str], str]] = []
+    clients = valkey.client()
+    for waits, code, expected in BLOCK.findall(section):
+        process = script(valkey.url, "-c", code)
+        if waits:
+            background.append((process, expected))
+            wait_until(lambda: WAITING & {one["cmd"] for one in clients.client_list()}, "it waits for messages")
+        else:
+            out, err = process.communicate(timeout=60)
+            assert process.returncode == 0, err
+            assert out == expected
+
+    for process, expected in background:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in expected.splitlines()]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert "".join(lines) == expected
+        assert (process.returncode, err) == (0, "")

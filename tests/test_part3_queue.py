@@ -236,6 +236,7 @@ MALFORMED = {
     "not a JSON object": b"[1]",
     'has no "id"': b'{"data": 1}',
     'has no "data"': b'{"id": 1}',
+    "not JSON: 1e999": b'{"id": 1, "data": 1e999}',
     "not a task id: '1.5'": b'{"id": 1.5, "data": 1}',
     "not a task id: 'True'": b'{"id": true, "data": 1}',
     "not a task id: 'None'": b'{"id": null, "data": 1}',
@@ -247,14 +248,15 @@ MALFORMED = {
 
 @pytest.mark.parametrize(("reason", "element"), MALFORMED.items(), ids=MALFORMED)
 def test_malformed_element_goes_to_dead_with_the_reason(queue: TaskQueue, reason: str, element: bytes) -> None:
-    """Nothing in the list stops a worker, and nothing of it is lost: the dead letter holds the whole element."""
+    """Nothing in the list stops a worker; the dead letter holds the element, or its first million bytes."""
     queue.redis.lpush(keys.QUEUE, element)
 
     assert queue.take(0.05) is None
 
     [letter] = map(json.loads, queue.redis.lrange(keys.DEAD, 0, -1))
     assert reason in letter["reason"]
-    assert letter["element"] == element.decode(errors="backslashreplace")
+    assert letter["element"] == element[:1_000_000].decode(errors="backslashreplace")
+    assert letter["bytes"] == len(element)
 
 
 # -- heartbeat, finish, retry, release --------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def test_who_lost_the_lease_can_change_nothing(queue: TaskQueue) -> None:
     queue.recover()
     new = take(queue)
 
-    refused = [queue.finish(old, "completed", None), queue.retry(old, 0), queue.release(old)]
+    refused = [queue.finish(old, "completed", None), queue.retry(old, 0), *queue.release([old])]
 
     assert refused == [False, False, False]
     assert (new.attempt, new.lost_worker) == (2, "w")
@@ -329,7 +331,7 @@ def test_released_task_is_the_next_and_counts_no_failure(queue: TaskQueue) -> No
     queue.put_many(["a", "b"])
     task = take(queue)
 
-    assert queue.release(task)
+    assert queue.release([task]) == [True]
 
     again = take(queue)
     assert (again.id, again.attempt, again.failures) == (task.id, 2, 0)
@@ -434,7 +436,7 @@ def test_cancelling_what_has_ended_or_never_was_is_an_error(queue: TaskQueue) ->
 
 
 def test_dead_tasks_are_put_again_under_a_derived_id(queue: TaskQueue) -> None:
-    """7 becomes 7.2, then 7.3; letters that hold no task stay where they are."""
+    """7 becomes 7.r2, then 7.r3; letters that hold no task stay where they are."""
     queue.put({"n": 1})
     queue.bury({"reason": "not JSON", "element": "nonsense"})
     queue.finish(take(queue), "failed", "no")
@@ -443,10 +445,72 @@ def test_dead_tasks_are_put_again_under_a_derived_id(queue: TaskQueue) -> None:
     queue.finish(take(queue), "failed", "no again")
     second, _ = queue.requeue_dead()
 
-    assert [(old, task.id, task.data) for old, task in first] == [("1", "1.2", {"n": 1})]
-    assert [(old, task.id) for old, task in second] == [("1.2", "1.3")]
+    assert [(old, task.id, task.data) for old, task in first] == [("1", "1.r2", {"n": 1})]
+    assert [(old, task.id) for old, task in second] == [("1.r2", "1.r3")]
     assert others == 1
     assert queue.redis.llen(keys.DEAD) == 1
+
+
+def test_dead_task_is_not_mistaken_for_another_one(queue: TaskQueue) -> None:
+    """Ids of one's own that end in a number, numbers pushed by hand, and very long ids are requeued, too."""
+    queue.put({"n": 1}, id="report.1")
+    queue.put({"n": 2}, id="report.2")
+    queue.finish(take(queue), "failed", "no")
+    queue.redis.lpush(keys.DEAD, json.dumps({"id": "x" * 120, "data": 3}), json.dumps({"id": "9", "data": "new"}))
+    queue.redis.lpush(keys.QUEUE, '{"id": "9.r2", "data": "by hand"}')
+    while queue.take(0.05) is not None:
+        pass
+
+    pairs, others = queue.requeue_dead()
+
+    assert [(old, task.id, task.data) for old, task in pairs] == [
+        ("report.1", "report.1.r2", {"n": 1}),
+        ("x" * 120, "x" * 120 + ".r2", 3),
+        ("9", "9.r3", "new"),
+    ]
+    assert (others, queue.redis.llen(keys.DEAD), queue.redis.llen(keys.QUEUE)) == (0, 0, 3)
+
+
+@pytest.mark.parametrize("task_id", ["a.r2", "x" * 121])
+def test_ids_of_requeued_tasks_are_kept_free(queue: TaskQueue, task_id: str) -> None:
+    """An id of one's own leaves room for a requeued task's."""
+    with pytest.raises(ValueError, match="not an id of one's own"):
+        queue.put({}, id=task_id)
+
+
+def test_many_dead_letters_are_read_in_pages(queue: TaskQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are put again, in the order in which they failed, and letters that hold no task are passed over."""
+    monkeypatch.setattr(queue_module, "REQUEUE_PAGE", 3)
+    for n in range(10):
+        queue.bury({"id": f"t{n}", "data": n} if n % 4 else {"reason": "nonsense"})
+
+    pairs, others = queue.requeue_dead()
+
+    assert [task.data for _, task in pairs] == [1, 2, 3, 5, 6, 7, 9]
+    assert (others, queue.redis.llen(keys.DEAD)) == (3, 3)
+
+
+def test_each_task_that_ends_stands_once_in_finished(queue: TaskQueue) -> None:
+    """Whatever its outcome, and however often finish is repeated; so a consumer group gets each of them."""
+    queue.put_many("ab")
+    first, second = take(queue), take(queue)
+    queue.finish(first, "completed", None)
+    queue.finish(first, "completed", None)
+    queue.finish(second, "failed", "no")
+
+    entries = [fields for _, fields in queue.redis.xrange(keys.FINISHED)]
+
+    assert entries == [{"id": '"1"', "status": "completed"}, {"id": '"2"', "status": "failed"}]
+
+
+def test_elements_that_were_put_back_are_popped_next_in_their_order(queue: TaskQueue) -> None:
+    """What nobody claimed stands before all others, the oldest first."""
+    queue.put_many("abc")
+    popped = [queue.pop(0.05), queue.pop(0.05)]
+
+    queue.put_back([element for element in popped if element])
+
+    assert [element["id"] for element in elements(queue)] == [1, 2, 3]
 
 
 def test_requeue_that_was_killed_half_way_puts_nothing_twice(queue: TaskQueue) -> None:
@@ -459,7 +523,7 @@ def test_requeue_that_was_killed_half_way_puts_nothing_twice(queue: TaskQueue) -
 
     queue.requeue_dead()
 
-    assert [element["id"] for element in elements(queue)] == ["1.2"]
+    assert [element["id"] for element in elements(queue)] == ["1.r2"]
     assert queue.redis.llen(keys.DEAD) == 0
 
 

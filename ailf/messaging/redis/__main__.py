@@ -11,7 +11,11 @@ from . import embedded
 def main(argv: list[str]) -> int:
     command = argv[0] if argv else "status"
     if command == "stop":
-        print("embedded server stopped" if embedded.stop() else "no embedded server is running")
+        try:
+            print("embedded server stopped" if embedded.stop() else "no embedded server is running")
+        except OSError as error:
+            print(error, file=sys.stderr)
+            return 1
         return 0
     if command == "status":
         port = embedded.running_port()

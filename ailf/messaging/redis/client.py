@@ -23,6 +23,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 from redis.sentinel import SentinelConnectionPool
 
@@ -105,7 +106,7 @@ def _judge(error: Exception, target: str | RedisConfig) -> None:
 def _build(target: str | RedisConfig, library: Any) -> Client:
     """Return an unconnected client of `library` (redis or redis.asyncio); ValueError where a URL is none."""
     if isinstance(target, RedisConfig):
-        options = asdict(target)
+        options = {**asdict(target), **_no_notices(library)}
         kind = library.SSLConnection if options.pop("ssl") else library.Connection
         pool = library.BlockingConnectionPool(
             connection_class=kind, timeout=target.socket_timeout, retry=_no_retry(library), **options
@@ -139,7 +140,15 @@ def _build(target: str | RedisConfig, library: Any) -> Client:
         return sentinel.master_for(service, db=int(db or 0), **options)
     if scheme not in ("redis", "rediss", "unix"):
         raise ValueError("unknown scheme")
-    return library.Redis.from_url(target, **options)
+    return library.Redis.from_url(target, **options, **_no_notices(library))
+
+
+def _no_notices(library: Any) -> dict[str, Any]:
+    """Turn off redis.asyncio's maintenance notices: with them its pool takes a connection that was lost for a good one.
+
+    Its first call after a restart of the server would fail, once for each connection in the pool.
+    """
+    return {} if library is redis else {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
 
 
 def _no_retry(library: Any) -> Retry | AsyncRetry:
@@ -184,7 +193,7 @@ class RedisClient:
     """
 
     def __init__(self, config: RedisConfig | None = None) -> None:
-        self.config = config
+        self.config = _checked(config)
         self.connect()
 
     def connect(self) -> None:
@@ -253,7 +262,7 @@ class RedisClient:
         """Say whether the server answers a PING, within the socket's time-out."""
         try:
             return bool(self.redis.ping())
-        except (errors.RedisError, OSError):
+        except (errors.RedisError, errors.RedisClusterException, OSError):
             return False
 
 
@@ -261,7 +270,7 @@ class AsyncRedisClient:
     """RedisClient for asyncio. It connects on first use, or by `await connect()`."""
 
     def __init__(self, config: RedisConfig | None = None) -> None:
-        self.config = config
+        self.config = _checked(config)
         self.redis: Client = None
         self._connecting = asyncio.Lock()
 
@@ -331,8 +340,14 @@ class AsyncRedisClient:
     async def health_check(self) -> bool:
         try:
             return bool(await (self.redis or await self.connect()).ping())
-        except (errors.RedisError, OSError, RedisUnavailable):
+        except (errors.RedisError, errors.RedisClusterException, OSError, RedisUnavailable):
             return False
+
+
+def _checked(config: RedisConfig | None) -> RedisConfig | None:
+    if config is not None and not isinstance(config, RedisConfig):
+        raise TypeError(f"config must be a RedisConfig or None, not {type(config).__name__}")
+    return config
 
 
 def _milliseconds(expire: float | None) -> int | None:
@@ -348,6 +363,8 @@ def _milliseconds(expire: float | None) -> int | None:
 def client_of(redis_client: RedisClient | Client | None) -> Client:
     """Return the redis-py client to use for a RedisClient, for one of redis-py's, or for None: by the policy."""
     client: Client = connect() if redis_client is None else getattr(redis_client, "redis", redis_client)
+    if not isinstance(client, redis.Redis | redis.RedisCluster):
+        raise TypeError(f"redis_client must be a RedisClient or a redis.Redis, not {type(redis_client).__name__}")
     if client.get_encoder().decode_responses:
         return client
     return blocking_client(client, SOCKET_SECONDS - MARGIN_SECONDS)  # one that decodes, with the same time-out
@@ -358,6 +375,9 @@ async def async_client_of(redis_client: AsyncRedisClient | Client | None) -> Cli
     if redis_client is None:
         return await connect_async()
     client: Client = await redis_client.connect() if isinstance(redis_client, AsyncRedisClient) else redis_client
+    if not isinstance(client, redis.asyncio.Redis | redis.asyncio.RedisCluster):
+        kind = type(redis_client).__name__
+        raise TypeError(f"redis_client must be an AsyncRedisClient or a redis.asyncio.Redis, not {kind}")
     if client.get_encoder().decode_responses:
         return client
     return blocking_client(client, SOCKET_SECONDS - MARGIN_SECONDS)

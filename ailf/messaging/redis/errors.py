@@ -49,12 +49,15 @@ def translated(method: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def translate(error: Exception, client: Any) -> RedisMessagingError:
-    """Return the error of this package that tells of one of redis-py's."""
+def translate(error: Exception, client: Any) -> Exception:
+    """Return the error of this package that tells of one of redis-py's; TypeError or ValueError for a DataError."""
+    if isinstance(error, errors.DataError):  # redis-py refused an argument: the caller's mistake, and nothing was sent
+        of_type = "type" in str(error) or isinstance(error.__context__, TypeError)  # hiredis says it the second way
+        return TypeError(str(error)) if of_type else ValueError(str(error))
     if isinstance(error, errors.LockError):
         return LockNotOwned(str(error))
     kind = RedisUnavailable if is_transient(error) else RedisMessagingError
-    return kind(explain(error, url_of(client)))
+    return kind(explain(error, "redis://…" if client is None else url_of(client)))  # None: closed during the call
 
 
 def url_of(client: Any) -> str:
@@ -82,7 +85,7 @@ def safe_url(url: str) -> str:
 def is_transient(error: BaseException) -> bool:
     """Say whether an error may go away by itself, so that a worker should wait and try again.
 
-    So do a lost connection, a time-out, and a server that is loading, full, read-only or without its replicas; a
+    So do a lost connection, a time-out, and a server that is loading, busy, full, read-only or without its replicas; a
     refused login and a wrong command do not.
     """
     if isinstance(error, errors.AuthenticationError | errors.AuthorizationError):
@@ -93,7 +96,7 @@ def is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, errors.OutOfMemoryError | errors.ClusterDownError | errors.TryAgainError):
         return True
-    words = ("MISCONF", "NOREPLICAS", "UNBLOCKED", "MASTERDOWN")
+    words = ("BUSY ", "MISCONF", "NOREPLICAS", "UNBLOCKED", "MASTERDOWN")
     return isinstance(error, errors.ResponseError) and str(error).startswith(words)
 
 

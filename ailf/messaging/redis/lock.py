@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 def _keys(name: str) -> list[str]:
-    return [name, f"{{{name}}}:fence"]  # the braces put the fence into the lock's own slot of a cluster
+    # The braces put the fence into the lock's own slot of a cluster; where the name has its own, those do it.
+    return [name, f"fence:{name}" if "}" in name else f"{{{name}}}:fence"]
 
 
 class _FencedLock(Lock):
@@ -46,6 +47,11 @@ class _FencedLock(Lock):
         drawn = int(load(self.redis, "acquire")(keys=_keys(str(self.name)), args=args))
         self.fencing_token = drawn or self.fencing_token
         return bool(drawn)
+
+    def do_release(self, expected_token: str) -> None:
+        self.local.token = expected_token  # where this fails, release() can be called again, as it can with asyncio
+        super().do_release(expected_token)
+        self.local.token = None
 
 
 class RedisLock:
@@ -136,11 +142,12 @@ class RedisLock:
         while not stopped.wait(self._expire / 3):
             try:
                 self.extend()
-            except LockNotOwned:
-                if not stopped.is_set():
-                    logger.warning("%s was lost while it was held", self._lock.name)
-                return
             except RedisMessagingError as error:
+                if stopped.is_set():  # released meanwhile
+                    return
+                if isinstance(error, LockNotOwned):
+                    logger.warning("%s was lost while it was held", self._lock.name)
+                    return
                 if not is_transient(error):
                     raise
                 logger.warning("%s was not renewed: %s", self._lock.name, error)
@@ -256,8 +263,9 @@ def _check(lock_name: str, expire: float) -> float:
 
 def _delays(retry: int, retry_delay: float) -> Iterator[float]:
     """Yield the seconds to sleep before each try: none before the first."""
-    if retry < 0 or retry_delay < 0:
+    if retry < 0 or not retry_delay >= 0:
         raise ValueError(f"retry and retry_delay must not be negative, not {retry} and {retry_delay}")
+    retries = range(retry)
     yield 0.0
-    for _ in range(retry):
+    for _ in retries:
         yield retry_delay * random.uniform(1 - JITTER, 1.0)

@@ -2,6 +2,9 @@
 
 At most once: who is not subscribed, or has lost its connection, misses what is published meanwhile, and a subscriber
 that falls 32 MB behind is cut off by Redis (client-output-buffer-limit). What must arrive belongs in a RedisStream.
+
+subtle: while run() runs, it alone touches the subscriber's connection, which redis-py makes anew in whatever thread it
+finds it broken. subscribe() and unsubscribe() say what is wanted, and run() sends it (_sync).
 """
 
 import asyncio
@@ -10,19 +13,19 @@ import inspect
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
 from redis import exceptions as errors
 
-from .client import AsyncRedisClient, Client, RedisClient, async_client_of, blocking_client, client_of
+from .client import MARGIN_SECONDS, AsyncRedisClient, Client, RedisClient, async_client_of, blocking_client, client_of
 from .codec import decode, encode
 from .errors import is_transient, reason_of, translated
 
-POLL_SECONDS = 0.2  # how soon stop() is noticed where no message comes
+POLL_SECONDS = 0.1  # how soon stop() and new subscriptions are noticed where no message comes
 SILENCE_SECONDS = 10.0  # without a word from the server it is asked for one; after as many more it counts as lost
-CONFIRM_SECONDS = 4.0  # how long the server may take to confirm a subscription
+CONFIRM_SECONDS = 4.0  # how long the server may take to confirm a subscription, or to send the rest of a message
 BACK_OFF_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)  # before each try to connect again; the last one from then on
 
 Handler = Callable[..., Any]  # handler(message) or handler(message, channel)
@@ -44,9 +47,11 @@ class RedisPubSub:
         self.redis = client_of(redis_client)
         self._handlers: dict[Name, Handler] = {}
         self._subscriber: Any = None  # redis-py's PubSub, on a connection of its own
-        self._early: deque[dict[str, Any]] = deque()  # messages that came before run()
-        self._confirmed: set[Name] = set()
-        self._change = threading.Condition()  # held while subscriptions change; notified when one is confirmed
+        self._own = self.redis is not getattr(redis_client, "redis", redis_client)
+        self._sent: set[Name] = set()  # what that connection has been asked for
+        self._unanswered: Counter[Name] = Counter()  # how often the server has still to confirm a change
+        self._early: deque[dict[str, Any]] = deque()  # messages that came while a confirmation was waited for
+        self._change = threading.Condition()  # held while any of these change; notified of answers and of run()'s end
         self._stopped = threading.Event()
         self._runner: threading.Thread | None = None
 
@@ -56,7 +61,10 @@ class RedisPubSub:
         return int(self.redis.publish(channel, encode(message)))
 
     def subscribe(self, channel: str, handler: Handler) -> None:
-        """Call the handler for each message of a channel, from now on: the server has confirmed it on return."""
+        """Call the handler for each message of a channel, from now on: the server has confirmed it on return.
+
+        Called by a handler, it only asks for it, and the server confirms it soon after.
+        """
         self._subscribe(("subscribe", channel), handler)
 
     def subscribe_pattern(self, pattern: str, handler: Handler) -> None:
@@ -65,49 +73,55 @@ class RedisPubSub:
 
     @translated
     def unsubscribe(self, name: str) -> None:
-        """End the subscription to a channel or a pattern. Raises ValueError where there is none."""
+        """End the subscription to a channel or a pattern: its handler is not called again, except if it runs now.
+
+        Raises ValueError where there is none.
+        """
         with self._change:
             kinds = [kind for kind in ("subscribe", "psubscribe") if (kind, name) in self._handlers]
             if not kinds:
                 raise ValueError(f"not subscribed to {name!r}")
             for kind in kinds:
                 del self._handlers[kind, name]
-                self._confirmed.discard((kind, name))
-                if self._subscriber is not None:
-                    getattr(self._subscriber, kind.replace("sub", "unsub"))(name)
+            if self._runner is None and self._subscriber is not None:
+                with contextlib.suppress(
+                    errors.ConnectionError
+                ):  # it ends the subscription too; the others are made again
+                    self._sync()
 
     @property
     def subscriptions(self) -> list[str]:
         """The channels and patterns subscribed to, in order of subscription."""
-        return [name for _, name in self._handlers]
+        return [name for _, name in list(self._handlers)]
 
     @translated
     def run(self) -> None:
         """Handle messages until stop(), or Ctrl-C. Blocks. Raises ValueError where nothing is subscribed."""
-        self._begin()
+        self._begin(threading.current_thread())
         with contextlib.suppress(KeyboardInterrupt):  # the usual way to end a script that waits for messages
             self._run()
 
     def run_in_thread(self, daemon: bool = True) -> threading.Thread:
         """Handle messages in a new thread, which ends after stop()."""
-        self._begin()
-        self._runner = threading.Thread(target=self._run, daemon=daemon, name="pubsub")
-        self._runner.start()
-        return self._runner
+        thread = threading.Thread(target=self._run, daemon=daemon, name="pubsub")
+        self._begin(thread)
+        thread.start()
+        return thread
 
     def stop(self) -> None:
-        """Let run() end, within POLL_SECONDS; a handler that is running is not interrupted."""
+        """Let run() end, within POLL_SECONDS (CONFIRM_SECONDS where the server is silent), after a handler's end."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Stop, wait for the thread of run_in_thread(), and give up the subscriptions and their connection."""
+        """Stop, wait for the end of run(), and give up the subscriptions and their connection."""
         self.stop()
-        runner = self._runner
-        if runner is not None and runner is not threading.current_thread():
-            runner.join()
         with self._change:
+            self._change.wait_for(lambda: self._runner in (None, threading.current_thread()))
             self._handlers.clear()
+            self._early.clear()
             self._disconnect()
+        if self._own:
+            self.redis.close()
 
     def __enter__(self) -> "RedisPubSub":
         return self
@@ -119,66 +133,105 @@ class RedisPubSub:
 
     @translated
     def _subscribe(self, name: Name, handler: Handler) -> None:
+        call = _checked(name, handler)
         with self._change:
             known = name in self._handlers
-            self._handlers[name] = _with_channel(handler)
+            self._handlers[name] = call
             try:
-                if self._subscriber is None:
-                    self._connect()
-                elif not known:
-                    getattr(self._subscriber, name[0])(name[1])
                 self._await_confirmation(name)
             except BaseException:
                 if not known:
-                    del self._handlers[name]
+                    self._handlers.pop(name, None)
                 raise
 
-    def _connect(self) -> None:
-        """Connect, and subscribe to all that has a handler."""
-        self._disconnect()
-        self._connection = blocking_client(self.redis, CONFIRM_SECONDS)
-        subscriber = self._connection.pubsub()
-        for kind, name in list(self._handlers):
-            getattr(subscriber, kind)(name)
-        self._subscriber = subscriber
+    def _await_confirmation(self, name: Name) -> None:
+        """Wait for the server's word; what is published after it arrives."""
+        deadline = time.monotonic() + CONFIRM_SECONDS
+        was_connected = self._subscriber is not None
+        while name not in self._sent or self._unanswered[name]:
+            left = deadline - time.monotonic()
+            if left <= 0 or name not in self._handlers:
+                raise errors.TimeoutError(f"no confirmation of the subscription to {name[1]}")
+            if self._runner is threading.current_thread():
+                return self._sync()  # called by a handler: run() reads the confirmation when the handler has returned
+            if self._runner is not None:
+                self._change.wait(left)
+                continue
+            try:
+                self._sync()
+                self._read_ahead(left)
+            except errors.ConnectionError:
+                self._disconnect()
+                if not was_connected:
+                    raise
+                was_connected = False  # it was lost at some time before: connect again, once
+        return None
+
+    def _sync(self) -> None:
+        """Ask the server for the subscriptions that are wanted, and no others; connect first where that is needed."""
+        if self._subscriber is None:
+            self._connection = blocking_client(self.redis, CONFIRM_SECONDS - MARGIN_SECONDS)
+            self._subscriber = self._connection.pubsub()
+        if self._handlers.keys() == self._sent:
+            return
+        try:
+            for kind, name in self._sent - self._handlers.keys():
+                self._sent.remove((kind, name))
+                self._unanswered[kind, name] += 1
+                getattr(self._subscriber, kind.replace("sub", "unsub"))(name)
+            for kind, name in [name for name in self._handlers if name not in self._sent]:
+                self._sent.add((kind, name))
+                self._unanswered[kind, name] += 1
+                getattr(self._subscriber, kind)(name)
+        except BaseException:
+            self._disconnect()  # what was sent is not known
+            raise
 
     def _disconnect(self) -> None:
-        self._confirmed.clear()
+        self._sent.clear()
+        self._unanswered.clear()
         if self._subscriber is not None:
             self._subscriber.close()
             self._connection.close()
             self._subscriber = None
 
-    def _await_confirmation(self, name: Name) -> None:
-        """Wait for the server's word; what is published after it arrives."""
-        deadline = time.monotonic() + CONFIRM_SECONDS
-        while name not in self._confirmed:
-            if self._runner is threading.current_thread():
-                return  # called by a handler: run() reads the confirmation when the handler has returned
-            if (left := deadline - time.monotonic()) <= 0:
-                raise errors.TimeoutError(f"no confirmation of the subscription to {name[1]}")
-            if self._runner is not None:
-                self._change.wait(left)
-            elif (message := self._subscriber.get_message(timeout=left)) and not self._note(message):
-                self._early.append(message)
+    def _read(self, seconds: float) -> dict[str, Any] | None:
+        """Return what comes next within some seconds, or None."""
+        connection = self._subscriber.connection
+        if connection is None:  # subscribed to nothing
+            self._stopped.wait(seconds)
+            return None
+        # subtle: get_message() would allow no longer than that for the rest of a message, too, and then give it up
+        if not connection.can_read(timeout=seconds):
+            return None
+        response = self._subscriber.parse_response(block=False, timeout=CONFIRM_SECONDS)
+        message: dict[str, Any] | None = self._subscriber.handle_message(response)
+        return message
+
+    def _read_ahead(self, seconds: float) -> None:
+        if (message := self._read(seconds)) and not self._note(message):
+            self._early.append(message)
 
     def _note(self, message: dict[str, Any]) -> bool:
         """Take note of a confirmation; say whether the message was one, or another of the server's own."""
-        if message["type"] in ("subscribe", "psubscribe"):
+        if message["type"].endswith("subscribe"):
             with self._change:
-                self._confirmed.add((message["type"], message["channel"]))
+                self._unanswered[message["type"].replace("unsub", "sub"), message["channel"]] -= 1
                 self._change.notify_all()
         return message["type"] not in ("message", "pmessage")
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        if not self._handlers:
-            raise ValueError("No subscription. Call subscribe first.")
-        self._stopped.clear()
+    def _begin(self, runner: threading.Thread) -> None:
+        with self._change:
+            if not self._handlers:
+                raise ValueError("No subscription. Call subscribe first.")
+            if self._runner is not None:
+                raise ValueError("It runs already. Call stop, and wait for the end of run.")
+            self._runner = runner
+            self._stopped.clear()
 
     def _run(self) -> None:
-        self._runner = threading.current_thread()
         try:
             while not self._stopped.is_set():
                 try:
@@ -187,25 +240,33 @@ class RedisPubSub:
                     if not is_transient(error):
                         raise
                     self._reconnect(error)
+        except Exception:
+            with self._change:
+                self._disconnect()
+            raise
         finally:
-            self._runner = None
+            with self._change:
+                self._runner = None
+                self._change.notify_all()
 
     def _listen(self) -> None:
         heard, asked = time.monotonic(), False
         while not self._stopped.is_set():
-            while self._early:
+            if self._early:
                 self._handle(self._early.popleft())
-            message = self._subscriber.get_message(timeout=POLL_SECONDS)
-            now = time.monotonic()
+                continue
+            with self._change:
+                self._sync()
+            message = self._read(POLL_SECONDS)
             if message is not None or not self._handlers:
-                heard, asked = now, False
                 if message is not None and not self._note(message):
                     self._handle(message)
-            elif now - heard > 2 * SILENCE_SECONDS:
-                raise errors.TimeoutError(f"no word for {now - heard:.0f} s")
-            elif now - heard > SILENCE_SECONDS and not asked:
-                asked = True
+                heard, asked = time.monotonic(), False  # subtle: only now, for a handler may take long
+            elif time.monotonic() - heard > SILENCE_SECONDS:
+                if asked:
+                    raise errors.TimeoutError(f"no word for {2 * SILENCE_SECONDS:g} s")
                 self._subscriber.ping()
+                heard, asked = time.monotonic(), True
 
     def _handle(self, message: dict[str, Any]) -> None:
         kind = "subscribe" if message["type"] == "message" else "psubscribe"
@@ -218,19 +279,27 @@ class RedisPubSub:
             logger.exception("the handler of channel %s failed", message["channel"])
 
     def _reconnect(self, error: Exception) -> None:
-        """Connect again; try until it works or stop() is called."""
+        """Connect again; try until all subscriptions are confirmed or stop() is called."""
         logger.warning("subscriptions lost (%s); connecting again", reason_of(error))
         for tries in range(2**31):
             try:
                 with self._change:
-                    self._connect()
+                    self._disconnect()
+                    self._sync()
+                    deadline = time.monotonic() + CONFIRM_SECONDS
+                    while any(self._unanswered.values()):
+                        if (left := deadline - time.monotonic()) <= 0:
+                            raise errors.TimeoutError("no confirmation")
+                        self._read_ahead(left)
                 logger.warning("subscribed again: %s", ", ".join(self.subscriptions))
                 return
             except (errors.RedisError, errors.RedisClusterException) as again:
                 if not is_transient(again):
                     raise
             if self._stopped.wait(_back_off(tries)):
-                return
+                break
+        with self._change:
+            self._disconnect()  # run() connects, if it is called again
 
 
 class AsyncRedisPubSub:
@@ -241,8 +310,10 @@ class AsyncRedisPubSub:
         self.redis: Client = None
         self._handlers: dict[Name, Handler] = {}
         self._subscriber: Any = None
+        self._own = False
+        self._sent: set[Name] = set()
+        self._unanswered: Counter[Name] = Counter()
         self._early: deque[dict[str, Any]] = deque()
-        self._confirmed: set[Name] = set()
         self._change = asyncio.Condition()
         self._stopped = asyncio.Event()
         self._runner: asyncio.Task[Any] | None = None
@@ -250,6 +321,7 @@ class AsyncRedisPubSub:
     async def _ready(self) -> Client:
         if self.redis is None:
             self.redis = await async_client_of(self._source)
+            self._own = self.redis is not getattr(self._source, "redis", self._source)
         return self.redis
 
     @translated
@@ -270,38 +342,36 @@ class AsyncRedisPubSub:
                 raise ValueError(f"not subscribed to {name!r}")
             for kind in kinds:
                 del self._handlers[kind, name]
-                self._confirmed.discard((kind, name))
-                if self._subscriber is not None:
-                    await getattr(self._subscriber, kind.replace("sub", "unsub"))(name)
+            if self._runner is None and self._subscriber is not None:
+                with contextlib.suppress(errors.ConnectionError):
+                    await self._sync()
 
     @property
     def subscriptions(self) -> list[str]:
-        return [name for _, name in self._handlers]
+        return [name for _, name in list(self._handlers)]
 
-    @translated
     async def run(self) -> None:
         """Handle messages until stop(), or until the task is cancelled. Raises ValueError without a subscription."""
-        if not self._handlers:
-            raise ValueError("No subscription. Call subscribe first.")
-        self._stopped.clear()
+        self._begin()
         await self._run()
 
     def run_in_task(self) -> asyncio.Task[None]:
         """Handle messages in a new task, which ends after stop()."""
-        task = asyncio.create_task(self.run())
-        self._runner = task
-        return task
+        self._begin()
+        return asyncio.create_task(self._run())
 
     def stop(self) -> None:
         self._stopped.set()
 
     async def close(self) -> None:
         self.stop()
-        if self._runner is not None and self._runner is not asyncio.current_task():
-            await asyncio.wait([self._runner])
         async with self._change:
+            await self._change.wait_for(lambda: self._runner in (None, asyncio.current_task()))
             self._handlers.clear()
+            self._early.clear()
             await self._disconnect()
+        if self._own:
+            await self.redis.aclose()
 
     async def __aenter__(self) -> "AsyncRedisPubSub":
         return self
@@ -313,61 +383,101 @@ class AsyncRedisPubSub:
 
     @translated
     async def _subscribe(self, name: Name, handler: Handler) -> None:
+        call = _checked(name, handler)
         await self._ready()
         async with self._change:
             known = name in self._handlers
-            self._handlers[name] = _with_channel(handler)
+            self._handlers[name] = call
             try:
-                if self._subscriber is None:
-                    await self._connect()
-                elif not known:
-                    await getattr(self._subscriber, name[0])(name[1])
                 await self._await_confirmation(name)
             except BaseException:
                 if not known:
-                    del self._handlers[name]
+                    self._handlers.pop(name, None)
                 raise
-
-    async def _connect(self) -> None:
-        await self._disconnect()
-        self._connection = blocking_client(self.redis, CONFIRM_SECONDS)
-        subscriber = self._connection.pubsub()
-        for kind, name in list(self._handlers):
-            await getattr(subscriber, kind)(name)
-        self._subscriber = subscriber
-
-    async def _disconnect(self) -> None:
-        self._confirmed.clear()
-        if self._subscriber is not None:
-            await self._subscriber.aclose()
-            await self._connection.aclose()
-            self._subscriber = None
 
     async def _await_confirmation(self, name: Name) -> None:
         deadline = time.monotonic() + CONFIRM_SECONDS
-        while name not in self._confirmed:
-            if self._runner is asyncio.current_task():
-                return  # called by a handler: run() reads the confirmation when the handler has returned
-            if (left := deadline - time.monotonic()) <= 0:
+        was_connected = self._subscriber is not None
+        while name not in self._sent or self._unanswered[name]:
+            left = deadline - time.monotonic()
+            if left <= 0 or name not in self._handlers:
                 raise errors.TimeoutError(f"no confirmation of the subscription to {name[1]}")
+            if self._runner is asyncio.current_task():
+                return await self._sync()  # called by a handler
             if self._runner is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._change.wait(), left)
-            elif (message := await self._subscriber.get_message(timeout=left)) and not await self._note(message):
-                self._early.append(message)
+                continue
+            try:
+                await self._sync()
+                await self._read_ahead(left)
+            except errors.ConnectionError:
+                await self._disconnect()
+                if not was_connected:
+                    raise
+                was_connected = False
+        return None
 
-    async def _note(self, message: dict[str, Any]) -> bool:
-        if message["type"] in ("subscribe", "psubscribe"):
-            self._confirmed.add((message["type"], message["channel"]))
-            if self._runner is asyncio.current_task():
-                async with self._change:
-                    self._change.notify_all()
+    async def _sync(self) -> None:
+        if self._subscriber is None:
+            self._connection = blocking_client(self.redis, CONFIRM_SECONDS - MARGIN_SECONDS)
+            self._subscriber = self._connection.pubsub()
+        if self._handlers.keys() == self._sent:
+            return
+        try:
+            for kind, name in self._sent - self._handlers.keys():
+                self._sent.remove((kind, name))
+                self._unanswered[kind, name] += 1
+                await getattr(self._subscriber, kind.replace("sub", "unsub"))(name)
+            for kind, name in [name for name in self._handlers if name not in self._sent]:
+                self._sent.add((kind, name))
+                self._unanswered[kind, name] += 1
+                await getattr(self._subscriber, kind)(name)
+        except BaseException:
+            await self._disconnect()
+            raise
+
+    async def _disconnect(self) -> None:
+        self._sent.clear()
+        self._unanswered.clear()
+        if self._subscriber is not None:
+            subscriber, self._subscriber = self._subscriber, None
+            await subscriber.aclose()
+            await self._connection.aclose()
+
+    async def _read(self, seconds: float) -> dict[str, Any] | None:
+        if self._subscriber.connection is None:  # subscribed to nothing
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), seconds)
+            return None
+        response = await self._subscriber.parse_response(block=False, timeout=seconds)
+        message: dict[str, Any] | None = response and await self._subscriber.handle_message(response)
+        return message
+
+    async def _read_ahead(self, seconds: float) -> None:
+        if (message := await self._read(seconds)) and not self._note(message):
+            self._early.append(message)
+
+    def _note(self, message: dict[str, Any]) -> bool:
+        if message["type"].endswith("subscribe"):
+            self._unanswered[message["type"].replace("unsub", "sub"), message["channel"]] -= 1
         return message["type"] not in ("message", "pmessage")
 
     # -- running ------------------------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        if not self._handlers:
+            raise ValueError("No subscription. Call subscribe first.")
+        if self._runner is not None:
+            raise ValueError("It runs already. Call stop, and wait for the end of run.")
+        self._stopped.clear()
+
+    @translated
     async def _run(self) -> None:
-        self._runner = asyncio.current_task()
+        async with self._change:  # no subscribe() reads from the connection now
+            if self._runner is not None:
+                raise ValueError("It runs already. Call stop, and wait for the end of run.")
+            self._runner = asyncio.current_task()
         try:
             while not self._stopped.is_set():
                 try:
@@ -376,25 +486,36 @@ class AsyncRedisPubSub:
                     if not is_transient(error):
                         raise
                     await self._reconnect(error)
+        except Exception:
+            async with self._change:
+                await self._disconnect()
+            raise
         finally:
             self._runner = None
+            async with self._change:
+                self._change.notify_all()
 
     async def _listen(self) -> None:
         heard, asked = time.monotonic(), False
         while not self._stopped.is_set():
-            while self._early:
+            if self._early:
                 await self._handle(self._early.popleft())
-            message = await self._subscriber.get_message(timeout=POLL_SECONDS)
-            now = time.monotonic()
+                continue
+            async with self._change:
+                await self._sync()
+            message = await self._read(POLL_SECONDS)
             if message is not None or not self._handlers:
-                heard, asked = now, False
-                if message is not None and not await self._note(message):
+                if message is not None and not self._note(message):
                     await self._handle(message)
-            elif now - heard > 2 * SILENCE_SECONDS:
-                raise errors.TimeoutError(f"no word for {now - heard:.0f} s")
-            elif now - heard > SILENCE_SECONDS and not asked:
-                asked = True
+                elif message is not None:
+                    async with self._change:
+                        self._change.notify_all()
+                heard, asked = time.monotonic(), False
+            elif time.monotonic() - heard > SILENCE_SECONDS:
+                if asked:
+                    raise errors.TimeoutError(f"no word for {2 * SILENCE_SECONDS:g} s")
                 await self._subscriber.ping()
+                heard, asked = time.monotonic(), True
 
     async def _handle(self, message: dict[str, Any]) -> None:
         kind = "subscribe" if message["type"] == "message" else "psubscribe"
@@ -413,7 +534,14 @@ class AsyncRedisPubSub:
         for tries in range(2**31):
             try:
                 async with self._change:
-                    await self._connect()
+                    await self._disconnect()
+                    await self._sync()
+                    deadline = time.monotonic() + CONFIRM_SECONDS
+                    while any(self._unanswered.values()):
+                        if (left := deadline - time.monotonic()) <= 0:
+                            raise errors.TimeoutError("no confirmation")
+                        await self._read_ahead(left)
+                    self._change.notify_all()
                 logger.warning("subscribed again: %s", ", ".join(self.subscriptions))
                 return
             except (errors.RedisError, errors.RedisClusterException) as again:
@@ -421,15 +549,19 @@ class AsyncRedisPubSub:
                     raise
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), _back_off(tries))
-                return
+                break
+        async with self._change:
+            await self._disconnect()
 
 
 def _back_off(tries: int) -> float:
     return BACK_OFF_SECONDS[min(tries, len(BACK_OFF_SECONDS) - 1)]
 
 
-def _with_channel(handler: Handler) -> Handler:
-    """Return a handler of (message, channel) for one that takes both or only the message."""
+def _checked(name: Name, handler: Handler) -> Handler:
+    """Return a handler of (message, channel) for one that takes both or only the message. TypeError for a mistake."""
+    if not isinstance(name[1], str):
+        raise TypeError(f"a channel or pattern must be text, not {name[1]!r}")
     try:
         parameters = inspect.signature(handler).parameters.values()
     except ValueError:  # some that are written in C do not say

@@ -27,8 +27,8 @@ class RedisRateLimiter:
 
     Exact over all processes and threads: one atomic script decides, on the server's clock. A denied call costs nothing.
     A key `<key_prefix>:<key>` holds `rate` times at most, and is gone a period after the last allowed call. Callers
-    that give one key different rates share its calls, each held to its own rate. Every method raises RedisUnavailable
-    while Redis is away: then it is the caller who decides whether to call.
+    that give one key different rates share its calls, each held to its own rate; for another period, take another
+    prefix. Every method raises RedisUnavailable while Redis is away: then it is the caller who decides whether to call.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class RedisRateLimiter:
         redis_client: RedisClient | Client | None = None,
     ) -> None:
         self._prefix, self._args = _check(key_prefix, rate, period)
+        self.rate, self.period = rate, period
         self.redis = client_of(redis_client)
         self._allow = load(self.redis, "allow")
 
@@ -75,7 +76,8 @@ class AsyncRedisRateLimiter:
         redis_client: AsyncRedisClient | Client | None = None,
     ) -> None:
         self._prefix, self._args = _check(key_prefix, rate, period)
-        self._source = redis_client
+        self.rate, self.period = rate, period
+        self._source = AsyncRedisClient() if redis_client is None else redis_client  # it connects once for all tasks
         self.redis: Client = None
 
     @translated

@@ -51,7 +51,10 @@ class _Stream:
         self._last_read: str | None = None
         self._stopped = threading.Event()
         self._held: set[str] = set()  # entries in hand, which must not become stale
+        self._fresh_at = 0.0  # time.monotonic() of their last sign of life
         self._unacknowledged: set[str] = set()  # entries that were handled, and Redis was not told
+        self._unburied: dict[str, tuple[int, str]] = {}  # deliveries and error of entries that Redis did not bury
+        self._done = 0  # entries that process_messages() has acknowledged
 
     def _use(self, redis: Client) -> None:
         self.redis = redis
@@ -65,6 +68,13 @@ class _Stream:
     def _check_group(self) -> None:
         if not self.group:
             raise ValueError("No consumer group set. Call create_consumer_group first.")
+
+    def _begin(self, handler: Handler) -> None:
+        self._check_group()
+        if not callable(handler) or (isinstance(self, RedisStream) and inspect.iscoroutinefunction(handler)):
+            raise TypeError(f"handler must be a function (a coroutine function: AsyncRedisStream), not {handler!r:.80}")
+        self._stopped.clear()
+        self._done = 0
 
     # How to wait, in one way or the other
     def _connect(self) -> Any:
@@ -96,8 +106,10 @@ class _Stream:
     def _set_group(self, group: str, consumer: str, start_id: str) -> Steps[bool]:
         if not group or not consumer:
             raise ValueError("group and consumer need a name each")
-        self.group, self.consumer, self._start_id = group, consumer, start_id
         yield self._connect()
+        if start_id == "$":  # subtle: made anew, the group must not leave out what came since
+            start_id = _newest((yield self._reader.xrevrange(self.name, count=1)))
+        self.group, self.consumer, self._start_id = group, consumer, start_id
         return (yield from self._create_group())
 
     def _create_group(self) -> Steps[bool]:
@@ -140,20 +152,30 @@ class _Stream:
 
     def _claim(self, min_idle_ms: int, count: int, cursor: str) -> Steps[tuple[list[Entry], str]]:
         reply = yield self._reader.xautoclaim(self.name, self.group, self.consumer, min_idle_ms, cursor, count)
+        for entry_id in reply[2] if len(reply) > 2 else ():  # Redis has taken them off the pending list
+            self._warn_trimmed(entry_id)
         return _entries([(self.name, reply[1])]), reply[0]
+
+    def _warn_trimmed(self, entry_id: str) -> None:
+        logger.warning("stream %s: entry %s was trimmed before it was handled", self.name, entry_id)
 
     # -- the worker's round -------------------------------------------------------------------------------------
 
-    def _process(self, handler: Handler, count: int, block: int, burst: bool) -> Steps[int]:
-        done, away = 0, False
-        block_ms = None if burst else next(_blocks(block))  # one command's; the loop makes up the rest
+    def _process(self, handler: Handler, count: int, block: int, burst: bool) -> Steps[None]:
+        away = group_gone = False
+        block_ms = None if burst else next(_blocks(block or 0))  # one command's; the loop makes up the rest
         place = _Place(self.stale_ms)
         while not self._stopped.is_set():
             try:
+                if away:
+                    yield self.redis.ping()  # subtle: its connection may be dead too, which an XACK must not find out
+                if group_gone:
+                    yield from self._create_group()
+                group_gone = False
                 batch, tried = yield from self._next(place, count, block_ms)
                 if burst and not batch:
                     break
-                done += yield from self._handle(batch, tried, handler)
+                yield from self._handle(batch, tried, handler)
                 if away:
                     logger.warning("stream %s: Redis is back", self.name)
                 away = False
@@ -162,15 +184,14 @@ class _Stream:
                 self._held.clear()
                 if str(error).startswith("NOGROUP"):
                     logger.warning("stream %s: group %s is gone; creating it again", self.name, self.group)
-                    yield from self._create_group()
+                    group_gone = True
                     continue
                 if not is_transient(error):
                     raise
-                if not away:
+                if not away and not self._stopped.is_set():  # close() has cut it
                     logger.warning("stream %s: Redis does not serve (%s); waiting", self.name, reason_of(error))
                 away = True
                 yield self._sleep(BACK_OFF_SECONDS)
-        return done
 
     def _next(self, place: "_Place", count: int, block: int | None) -> Steps[tuple[list[Entry], int]]:
         """Return the next entries, and how often they have been delivered.
@@ -188,21 +209,25 @@ class _Stream:
             place.move(cursor)
             if entries:
                 return entries, (yield from self._deliveries(entries[0]["id"]))
+        if self.max_deliveries == 1:
+            count = 1  # the rest of a batch, delivered once and not tried, would be buried where its consumer ends
         return (yield from self._read_group(count, block, ">")), 1
 
     def _deliveries(self, entry_id: str) -> Steps[int]:
         found = yield self.redis.xpending_range(self.name, self.group, entry_id, entry_id, 1)
         return int(found[0]["times_delivered"]) if found else 1
 
-    def _handle(self, batch: list[Entry], tried: int, handler: Handler) -> Steps[int]:
-        """Handle entries one after the other; return how many were acknowledged."""
-        done = 0
+    def _handle(self, batch: list[Entry], tried: int, handler: Handler) -> Steps[None]:
+        """Handle entries one after the other, and acknowledge them."""
+        self._fresh_at = time.monotonic()
         self._held.update(entry["id"] for entry in batch)
         for entry in batch:
+            if time.monotonic() - self._fresh_at > self.stale_ms / 1000:  # subtle: this process was stopped meanwhile
+                yield from self._keep_fresh()
             if self._stopped.is_set() or entry["id"] not in self._held:
                 continue  # it stays pending; or it went to another consumer while this process was stopped
             if entry["data"] is None:
-                logger.warning("stream %s: entry %s was trimmed before it was handled", self.name, entry["id"])
+                self._warn_trimmed(entry["id"])
             elif entry["id"] in self._unacknowledged:
                 pass  # it was handled, but Redis went away before it heard of that
             elif tried > self.max_deliveries:
@@ -213,10 +238,9 @@ class _Stream:
                     continue  # it stays pending, and becomes stale
                 yield from self._bury(entry, tried, error)
             self._unacknowledged.add(entry["id"])
-            done += yield from self._acknowledge(entry["id"])
+            self._done += yield from self._acknowledge(entry["id"])
             self._unacknowledged.discard(entry["id"])
             self._held.discard(entry["id"])
-        return done
 
     def _try(self, handler: Handler, entry: Entry) -> Steps[str | None]:
         """Call the handler; return None where the entry is done, else why not."""
@@ -231,17 +255,23 @@ class _Stream:
 
     def _bury(self, entry: Entry, tried: int, error: str) -> Steps[None]:
         """Add an entry to <stream>:dead. Killed before it is acknowledged too, it will be there twice."""
-        letter = {"id": entry["id"], "error": error, "deliveries": tried, "data": entry["data"]}
+        # subtle: Redis may refuse it (full memory); the next try must not lose the error to a later delivery
+        tried, error = self._unburied.setdefault(entry["id"], (tried, error))
+        # subtle: as it was added; the handler may have changed what it was given
+        added = _entries([(self.name, (yield self._reader.xrange(self.name, entry["id"], entry["id"])))]) or [entry]
+        letter = {"id": entry["id"], "error": error, "deliveries": tried, "data": added[0]["data"]}
         yield self.redis.xadd(f"{self.name}:dead", _fields(letter), maxlen=self.maxlen)
+        del self._unburied[entry["id"]]
         logger.error("stream %s: entry %s is given up after %d deliveries: %s", self.name, entry["id"], tried, error)
 
     def _keep_fresh(self) -> Steps[None]:
         """Give one sign of life for the entries in hand; forget those that went to another consumer."""
-        held = list(self._held)
+        held, now = list(self._held), time.monotonic()
         try:
             if held:
                 still = yield self._renew(keys=[self.name], args=[self.group, self.consumer, *held])
                 self._held.difference_update(set(held) - set(still))
+            self._fresh_at = now
         except errors.RedisError as error:
             logger.debug("stream %s: no sign of life given: %s", self.name, error)
 
@@ -344,8 +374,7 @@ class RedisStream(_Stream):
         after stale_ms, to any consumer; after max_deliveries it goes to `<stream>:dead`. With `burst` it returns when
         nothing is to be had. While Redis is away it waits. Raises ValueError without a group.
         """
-        self._check_group()
-        self._stopped.clear()
+        self._begin(handler)
         return self._work(handler, count, block, burst)
 
     def close(self) -> None:
@@ -357,8 +386,7 @@ class RedisStream(_Stream):
         self, handler: Handler, count: int = 10, block: int = 1000, daemon: bool = True
     ) -> threading.Thread:
         """Run process_messages() in a new thread, which ends after stop()."""
-        self._check_group()
-        self._stopped.clear()
+        self._begin(handler)
         thread = threading.Thread(target=self._work, args=(handler, count, block, False), daemon=daemon)
         thread.start()
         return thread
@@ -372,16 +400,20 @@ class RedisStream(_Stream):
 
         threading.Thread(target=keep_fresh, daemon=True).start()
         try:
-            return run(self._process(handler, count, block, burst))
+            run(self._process(handler, count, block, burst))
         except KeyboardInterrupt:
-            return 0  # the usual way to end a worker; what was in hand stays pending
+            pass  # the usual way to end a worker; what was in hand stays pending
         finally:
             ended.set()
             self._held.clear()
+        return self._done
 
 
 class AsyncRedisStream(_Stream):
-    """RedisStream for asyncio. It connects on first use. A handler may be a function or a coroutine function."""
+    """RedisStream for asyncio. It connects on first use. A handler may be a function or a coroutine function.
+
+    A handler that blocks the event loop for longer than stale_ms loses its entries to others.
+    """
 
     def __init__(
         self,
@@ -437,8 +469,7 @@ class AsyncRedisStream(_Stream):
     @translated
     async def process_messages(self, handler: Handler, count: int = 10, block: int = 1000, burst: bool = False) -> int:
         """Call handler(data) for each message until stop(), or until the task is cancelled. See RedisStream."""
-        self._check_group()
-        self._stopped.clear()
+        self._begin(handler)
         return await self._work(handler, count, block, burst)
 
     async def close(self) -> None:
@@ -448,8 +479,7 @@ class AsyncRedisStream(_Stream):
 
     def process_in_task(self, handler: Handler, count: int = 10, block: int = 1000) -> "asyncio.Task[int]":
         """Run process_messages() in a new task, which ends after stop()."""
-        self._check_group()
-        self._stopped.clear()
+        self._begin(handler)
         return asyncio.create_task(self._work(handler, count, block, False))
 
     async def _work(self, handler: Handler, count: int, block: int, burst: bool) -> int:
@@ -460,10 +490,11 @@ class AsyncRedisStream(_Stream):
 
         fresh = asyncio.create_task(keep_fresh())
         try:
-            return await run_async(self._process(handler, count, block, burst))
+            await run_async(self._process(handler, count, block, burst))
         finally:
             fresh.cancel()
             self._held.clear()
+        return self._done
 
 
 def _fields(data: dict[str, Any]) -> dict[str, str]:
@@ -494,6 +525,8 @@ def _blocks(block: int | None) -> Iterator[int | None]:
     if block is None:
         yield None
         return
+    if block < 0:
+        raise ValueError(f"block must be milliseconds (0: no end), not {block}")
     deadline = time.monotonic() + block / 1000 if block else float("inf")
     while (left := deadline - time.monotonic()) > 0:
         yield max(1, int(min(left, BLOCK_SECONDS) * 1000))
