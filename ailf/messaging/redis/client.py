@@ -8,6 +8,7 @@ twice, and a repeated BRPOP may lose an element, so here nothing is repeated bli
 """
 
 import asyncio
+import inspect
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -172,8 +173,13 @@ def blocking_client(client: Client, block_seconds: float, decode_responses: bool
     if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
         node_class = ClusterNode if library is redis else AsyncClusterNode
         nodes = [node_class(str(node.host), int(node.port)) for node in client.get_nodes()]
-        options = {k: v for k, v in client.get_connection_kwargs().items() if k not in ("host", "port")}
-        return library.RedisCluster(startup_nodes=nodes, **{**options, **changes})
+        options = {**client.get_connection_kwargs(), **changes}
+        if library is redis.asyncio:  # it keeps what its connections take, which is not what the client takes
+            accepted = inspect.signature(library.RedisCluster.__init__).parameters
+            options["ssl"] = issubclass(options["connection_class"], redis.asyncio.SSLConnection)
+            options = {name: value for name, value in options.items() if name in accepted}
+        options = {name: value for name, value in options.items() if name not in ("host", "port")}
+        return library.RedisCluster(startup_nodes=nodes, **options)
     pool = client.connection_pool
     options = {**pool.connection_kwargs, **changes}
     if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
@@ -251,7 +257,7 @@ class RedisClient:
     def get_json(self, key: str) -> Any:
         """Return the value that a key holds as JSON; None where there is none. Raises ValueError if it is not JSON."""
         text = self.get(key)
-        return None if text is None else from_json(text)
+        return None if text is None else from_json(_text(text))
 
     @translated
     def publish(self, channel: str, message: Any) -> int:
@@ -331,7 +337,7 @@ class AsyncRedisClient:
 
     async def get_json(self, key: str) -> Any:
         text = await self.get(key)
-        return None if text is None else from_json(text)
+        return None if text is None else from_json(_text(text))
 
     @translated
     async def publish(self, channel: str, message: Any) -> int:
@@ -348,6 +354,10 @@ def _checked(config: RedisConfig | None) -> RedisConfig | None:
     if config is not None and not isinstance(config, RedisConfig):
         raise TypeError(f"config must be a RedisConfig or None, not {type(config).__name__}")
     return config
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else str(value, "utf-8")  # bytes: by decode_responses=False
 
 
 def _milliseconds(expire: float | None) -> int | None:

@@ -23,10 +23,16 @@ def _finite(text: str) -> float:
     return number
 
 
+# Made once: json.loads and json.dumps make one at each call that is told any options.
+_syntax = json.JSONDecoder(parse_constant=_no_constant)
+_decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
 def from_json(text: str) -> Any:
     """Parse JSON strictly: NaN, Infinity and numbers too large for a float, which Python's json accepts, are a
     ValueError too."""
-    return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    return _decoder.decode(text)
 
 
 def _looks_like_json(text: str) -> bool:
@@ -46,7 +52,7 @@ def encode(value: Any) -> str:
             value.encode()
             if not _looks_like_json(value):
                 return value
-            json.loads(value, parse_constant=_no_constant)  # not from_json: 1e999 is JSON, if out of range
+            _syntax.decode(value)  # not from_json: 1e999 is JSON, if out of range
         except UnicodeEncodeError:
             pass  # a lone surrogate has no UTF-8: store it escaped, as JSON
         except RecursionError:
@@ -59,7 +65,7 @@ def encode(value: Any) -> str:
 def to_json(value: Any) -> str:
     """Return a JSON value as JSON text that UTF-8 can hold. Raises as encode does. to_json("hello") -> '"hello"'"""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = _encoder.encode(value)
     except RecursionError:
         raise ValueError("the value is nested too deep for JSON") from None
     try:

@@ -142,7 +142,7 @@ class RedisLock:
         while not stopped.wait(self._expire / 3):
             try:
                 self.extend()
-            except RedisMessagingError as error:
+            except (RedisMessagingError, TypeError) as error:  # TypeError: redis-py sends a mark that it set to None
                 if stopped.is_set():  # released meanwhile
                     return
                 if isinstance(error, LockNotOwned):
@@ -239,14 +239,17 @@ class AsyncRedisLock:
             self._renewing = None
 
     async def _renew(self) -> None:
-        while True:
+        myself = asyncio.current_task()
+        while self._renewing is myself:  # subtle: before Python 3.12, asyncio.wait_for may swallow the cancellation
             await asyncio.sleep(self._expire / 3)
             try:
                 await self.extend()
-            except LockNotOwned:
-                logger.warning("%s was lost while it was held", self._name)
-                return
             except RedisMessagingError as error:
+                if self._renewing is not myself:  # released meanwhile
+                    return
+                if isinstance(error, LockNotOwned):
+                    logger.warning("%s was lost while it was held", self._name)
+                    return
                 if not is_transient(error):
                     raise
                 logger.warning("%s was not renewed: %s", self._name, error)

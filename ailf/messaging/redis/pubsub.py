@@ -84,9 +84,7 @@ class RedisPubSub:
             for kind in kinds:
                 del self._handlers[kind, name]
             if self._runner is None and self._subscriber is not None:
-                with contextlib.suppress(
-                    errors.ConnectionError
-                ):  # it ends the subscription too; the others are made again
+                with contextlib.suppress(errors.ConnectionError):  # that ends it too; the others are made again
                     self._sync()
 
     @property
@@ -421,6 +419,7 @@ class AsyncRedisPubSub:
     async def _sync(self) -> None:
         if self._subscriber is None:
             self._connection = blocking_client(self.redis, CONFIRM_SECONDS - MARGIN_SECONDS)
+            await self._connection.initialize()  # a cluster's client must learn first which node has which slot
             self._subscriber = self._connection.pubsub()
         if self._handlers.keys() == self._sent:
             return

