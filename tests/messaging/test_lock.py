@@ -1,6 +1,7 @@
 """The lock: one holder at a time as judged by its fencing tokens, whoever is killed, stopped or late."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import signal
@@ -772,6 +773,37 @@ def test_async_auto_renew_keeps_the_lock_and_ends(server: Server, caplog: pytest
         with_client(server, use)
 
     assert [record.getMessage() for record in caplog.records] == ["lock:shared was lost while it was held"]
+
+
+def test_async_release_amid_a_renewal_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """The task ends and says nothing, also where the cancellation is swallowed, as by wait_for in Python 3.11."""
+
+    async def use() -> None:
+        client = fakeredis.FakeAsyncRedis(decode_responses=True)
+        lock, renewing = AsyncRedisLock("shared", 0.03, client, auto_renew=True), asyncio.Event()
+
+        async def swallow(*_: object) -> bool:
+            renewing.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            return True
+
+        assert await lock.acquire()
+        await client.persist(KEY)  # so that the task may come as late as it likes
+        assert lock._lock is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lock._lock, "do_extend", swallow)
+            await renewing.wait()
+            assert await lock.release()
+
+        async def has_ended() -> bool:
+            return renewing_tasks() == 0
+
+        await wait_until_async(has_ended, "the task has ended")
+
+    asyncio.run(use())
+
+    assert caplog.records == []
 
 
 def test_async_server_that_is_gone_is_redis_unavailable(server: Server) -> None:

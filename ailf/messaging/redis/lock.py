@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 from redis.asyncio.lock import Lock as AsyncLock
 from redis.exceptions import LockError
@@ -41,10 +42,11 @@ class _FencedLock(Lock):
     """redis-py's Lock, whose acquisition is acquire.lua."""
 
     fencing_token: int | None = None
+    draw: Any  # acquire.lua
 
     def do_acquire(self, token: str) -> bool:
         args = [token, int(self.timeout * 1000), FENCE_MS]  # type: ignore[operator]  # there always is one
-        drawn = int(load(self.redis, "acquire")(keys=_keys(str(self.name)), args=args))
+        drawn = int(self.draw(keys=_keys(str(self.name)), args=args))
         self.fencing_token = drawn or self.fencing_token
         return bool(drawn)
 
@@ -71,6 +73,7 @@ class RedisLock:
         self._expire, self._auto_renew = _check(lock_name, expire), auto_renew
         self.redis = client_of(redis_client)
         self._lock = _FencedLock(self.redis, f"lock:{lock_name}", timeout=expire, thread_local=False)
+        self._lock.draw = load(self.redis, "acquire")
         self._renewing: threading.Event | None = None
 
     @translated
@@ -80,7 +83,8 @@ class RedisLock:
         False where somebody holds it, this very object included; what it holds is not disturbed.
         """
         for delay in _delays(retry, retry_delay):
-            time.sleep(delay)
+            if delay:
+                time.sleep(delay)
             if self._lock.acquire(blocking=False):
                 if self._auto_renew:
                     self._start_renewing()
@@ -157,10 +161,11 @@ class _AsyncFencedLock(AsyncLock):
     """redis.asyncio's Lock, whose acquisition is acquire.lua."""
 
     fencing_token: int | None = None
+    draw: Any  # acquire.lua
 
     async def do_acquire(self, token: str | bytes) -> bool:
         args = [token, int(self.timeout * 1000), FENCE_MS]  # type: ignore[operator]  # there always is one
-        drawn = int(await load(self.redis, "acquire")(keys=_keys(str(self.name)), args=args))
+        drawn = int(await self.draw(keys=_keys(str(self.name)), args=args))
         self.fencing_token = drawn or self.fencing_token
         return bool(drawn)
 
@@ -184,14 +189,17 @@ class AsyncRedisLock:
     async def _ready(self) -> _AsyncFencedLock:
         if self._lock is None:
             self.redis = await async_client_of(self._source)
-            self._lock = _AsyncFencedLock(self.redis, self._name, timeout=self._expire, thread_local=False)
+            lock = _AsyncFencedLock(self.redis, self._name, timeout=self._expire, thread_local=False)
+            lock.draw = load(self.redis, "acquire")
+            self._lock = lock
         return self._lock
 
     @translated
     async def acquire(self, retry: int = 3, retry_delay: float = 0.2) -> bool:
         lock = self._lock or await self._ready()
         for delay in _delays(retry, retry_delay):
-            await asyncio.sleep(delay)
+            if delay:
+                await asyncio.sleep(delay)
             if await lock.acquire(blocking=False):
                 if self._auto_renew:
                     self._stop_renewing()
