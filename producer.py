@@ -136,6 +136,20 @@ def print_ids(tasks: Iterable[Task]) -> None:
         print(f"watch it: python stream_reader.py {last.id}")
 
 
+def cancel_all(queue: TaskQueue, task_ids: list[str]) -> None:
+    """Cancel tasks; where one cannot be, do the others all the same, then raise what was wrong."""
+    problems = []
+    for task_id in task_ids:
+        try:
+            outcome = cancel_task(queue, task_id, "cancelled by producer.py --cancel")
+        except (NoSuchTask, ValueError) as error:
+            problems.append(str(error))
+            continue
+        print(f"task {task_id}: " + ("cancelled" if outcome == "cancelled" else "asked to stop"))
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
@@ -151,7 +165,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--from-file", metavar="FILE", help="put the tasks of a JSON Lines file; - is standard input")
     parser.add_argument("--skip-bad", action="store_true", help="with --from-file: queue the good lines all the same")
     parser.add_argument("--requeue-dead", action="store_true", help="put every task again that was given up on")
-    parser.add_argument("--cancel", metavar="ID", help="end a task, whether it waits or runs")
+    parser.add_argument(
+        "--cancel", metavar="ID", nargs="+", action="extend", help="end tasks, whether they wait or run"
+    )
     commands = parser.add_subparsers(dest="command", metavar="summarise | send-email")
     summarise = commands.add_parser("summarise", help="have an agent look at data files")
     summarise.add_argument("files", nargs="+", metavar="FILE", help="CSV, TSV, JSON, JSON Lines or text; gzip too")
@@ -194,8 +210,7 @@ def produce(args: argparse.Namespace) -> None:
     queue = TaskQueue()
     try:
         if args.cancel is not None:
-            outcome = cancel_task(queue, args.cancel, "cancelled by producer.py --cancel")
-            print(f"task {args.cancel}: cancelled" if outcome == "cancelled" else f"task {args.cancel}: asked to stop")
+            cancel_all(queue, args.cancel)
         elif args.requeue_dead:
             pairs, others = queue.requeue_dead()
             for old, task in pairs:

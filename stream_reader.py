@@ -163,7 +163,7 @@ def text_of(event: Event, before: Event | None) -> str:
         case "progress", {"percent": percent}:
             return f"{percent:>3} %  {shown.get('step', '')}"
         case "rate_limited", {"limit": limit, "wait_ms": wait_ms}:
-            return f"waits {wait_ms} ms: no more than {limit}"
+            return f"waits, {wait_ms} ms at least: no more than {limit}"
         case "tool_usage", {"tool": tool, "action": action, "status": status}:
             duration = f" in {shown['duration_ms']} ms" if "duration_ms" in shown else ""
             return f"{tool}.{action} {status}{duration}  {shown.get('result', shown.get('arguments', ''))}"

@@ -132,11 +132,12 @@ def main() -> int:
     args = parser.parse_args()
     with server() as url:
         results = {name: measure(pair, args.rounds, args.calls) for name, pair in pairs(url).items()}
-        version = Redis.from_url(url, decode_responses=True).info("server")
+        info = Redis.from_url(url, decode_responses=True).info("server")
     if args.json:
         print(json.dumps(results))
         return 0
-    print(f"{args.rounds} rounds of {args.calls} calls; {os.cpu_count()} CPUs; server {version['redis_version']}\n")
+    version = info.get("valkey_version", info["redis_version"])
+    print(f"{args.rounds} rounds of {args.calls} calls; {os.cpu_count()} CPUs; server {version}\n")
     print(f"{'operation':42} {'bare/s':>8} {'ours/s':>8}   ratio: least median greatest")
     for name, result in results.items():
         row = f"{name:42} {result['bare_per_second']:8,} {result['ours_per_second']:8,}"

@@ -11,6 +11,7 @@ Only the last 10,000 finished tasks are kept in Redis: an archive that runs once
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import logging
@@ -23,9 +24,9 @@ from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from ailf.messaging.redis import RedisStream, RedisUnavailable, is_transient, reason_of, to_json
+from ailf.messaging.redis import RedisMessagingError, RedisStream, is_transient, reason_of, to_json
 from task_streams import TaskQueue
 from task_streams.cli import run
 from task_streams.keys import FINISHED
@@ -39,6 +40,16 @@ BLOCK_MS = 1_000  # so that Ctrl-C and SIGTERM are noticed within a second
 logger = logging.getLogger("archive")
 
 
+def order(entry_id: str) -> tuple[int, int]:
+    """Return an entry id as numbers, to compare. order("1700000000000-7") -> (1700000000000, 7)"""
+    ms, _, seq = entry_id.partition("-")
+    return int(ms), int(seq)
+
+
+class UsageError(Exception):
+    """The file is not one of this program's."""
+
+
 def last_entry(file: IO[bytes]) -> str:
     """Cut off a line that was not written to its end, and return the entry id of the last whole one; "0-0" if none."""
     size = file.seek(0, os.SEEK_END)
@@ -47,13 +58,12 @@ def last_entry(file: IO[bytes]) -> str:
     end = tail.rfind(b"\n") + 1
     file.truncate(size - len(tail) + end)
     last = tail[:end].splitlines()[-1:]
-    return str(json.loads(last[0])["entry"]) if last else "0-0"
-
-
-def order(entry_id: str) -> tuple[int, int]:
-    """Return an entry id as numbers, to compare. order("1700000000000-7") -> (1700000000000, 7)"""
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq)
+    try:
+        entry_id = str(json.loads(last[0])["entry"]) if last else "0-0"
+        order(entry_id)
+    except (ValueError, KeyError, TypeError):
+        raise UsageError("its last line is none of this program's: name another file") from None
+    return entry_id
 
 
 def describe(entry: dict[str, Any], queue: TaskQueue) -> dict[str, Any]:
@@ -68,7 +78,11 @@ def archive(file: IO[bytes], group: str, queue: TaskQueue, once: bool) -> int:
     """Write what has finished until a signal comes; return how many lines were written."""
     stream = RedisStream(FINISHED, queue.redis)
     last, written = last_entry(file), 0
+    if last == "0-0":  # a new file gets them all, whatever was archived under its name before
+        with contextlib.suppress(ResponseError):  # there is no such stream yet
+            queue.redis.xgroup_destroy(FINISHED, group)
     pending = True  # first what was read and not acknowledged, by a process that was killed
+    away = False
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: stopped.append(number))
@@ -87,11 +101,15 @@ def archive(file: IO[bytes], group: str, queue: TaskQueue, once: bool) -> int:
             written += len(new)
             for entry in batch:
                 stream.acknowledge(entry["id"])
-        except (RedisError, RedisUnavailable) as error:
-            if once or not is_transient(error):
+            away = False
+        except (RedisError, RedisMessagingError) as error:
+            cause = error.__cause__ or error
+            gone = reason_of(cause).startswith("NOGROUP")  # the server has lost its data: begin again
+            if not gone and (once or not is_transient(error)):
                 raise
-            logger.warning("%s; trying again", reason_of(error))
-            pending = True
+            if not away:
+                logger.warning("Redis does not serve (%s); waiting for it", reason_of(cause))
+            away = pending = True
             time.sleep(BACK_OFF_SECONDS)
             continue
         if once and not batch and not pending:
@@ -121,8 +139,8 @@ def main() -> int:
         queue = TaskQueue()
         try:
             written = archive(file, f"archive:{args.file.resolve()}", queue, args.once)
-        except OSError as error:
-            print(f"archive_tasks.py: cannot write {args.file}: {error.strerror}", file=sys.stderr)
+        except (OSError, UsageError) as error:
+            print(f"archive_tasks.py: cannot write {args.file}: {error}", file=sys.stderr)
             return 1
         finally:
             queue.close()

@@ -46,6 +46,7 @@ def main() -> int:
                 written = write(keys=["{example}:number", "{example}:token"], args=[lock.fencing_token, value + 1])
                 what = f"counted to {value + 1}" if written else "came late, and was refused"
                 print(f"process {os.getpid()} (token {lock.fencing_token}) {what}", flush=True)
+            time.sleep(SECONDS_INSIDE)  # let others have their turn: a lock keeps no queue of those who wait
     return 0
 
 

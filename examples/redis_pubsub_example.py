@@ -52,7 +52,8 @@ def publisher(once: bool) -> int:
                 print("nobody listens: start the subscriber first, in another terminal", file=sys.stderr)
                 return 1
             try:
-                result = results.get(timeout=ANSWER_SECONDS)
+                while (result := results.get(timeout=ANSWER_SECONDS))["data"] != text:
+                    pass  # of an earlier command: another subscriber has answered that one too
             except Empty:
                 print(f"no result within {ANSWER_SECONDS} s", file=sys.stderr)
                 return 1

@@ -10,9 +10,10 @@ UNFINISHED = "{task_queue}:unfinished"  # zset: id -> when it was put (ms); the 
 LEASES = "{task_queue}:leases"  # zset: id -> when its lease ends (ms, the server's clock)
 RECENT = "{task_queue}:recent"  # zset: the last ids, for lists
 DEAD = "{task_queue}:dead"  # list: tasks given up on, with the reason
+TOTALS = "{task_queue}:totals"  # hash: status -> how many tasks have ended so
 FINISHED = "{task_queue}:finished"  # stream: id and status of the last tasks that ended, for consumer groups
 
-FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD, FINISHED)  # all other keys expire
+FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD, FINISHED, TOTALS)  # all other keys expire
 
 CANCEL_CHANNEL = "task_queue:cancel"  # PubSub: the id of a task whose record asks for its end
 RECOVERY_LOCK = "task_queue:recovery"  # RedisLock: its holder looks for lost tasks

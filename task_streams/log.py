@@ -176,8 +176,11 @@ class TaskLog:
 
     def last(self) -> Event | None:
         """Return the newest event, or None."""
-        entries = self.redis.xrevrange(keys.stream(self.task_id), count=1)
-        return Event.from_entry(*entries[0]) if entries else None
+        return next(iter(self.newest(1)), None)
+
+    def newest(self, count: int) -> list[Event]:
+        """Return the last `count` events, the newest first."""
+        return [Event.from_entry(*entry) for entry in self.redis.xrevrange(keys.stream(self.task_id), count=count)]
 
     def follow(self, since: str = "0", timeout_seconds: float | None = None) -> Iterator[Event]:
         """Yield the events after an entry id, then block for more, and end after the terminal event.
@@ -208,7 +211,8 @@ def check_cursor(entry_id: str) -> str:
     return entry_id
 
 
-def _order(entry_id: str) -> tuple[int, int]:
+def order(entry_id: str) -> tuple[int, int]:
+    """Return an entry id as numbers, to compare. order("1700000000000-7") -> (1700000000000, 7)"""
     ms, _, seq = entry_id.partition("-")
     return int(ms), int(seq or 0)
 
@@ -287,7 +291,7 @@ def _start(task_id: str, cursors: dict[str, str], seqs: dict[str, int | None], r
     last = newest[0][0] if newest else "0-0"
     if cursor == "$":
         cursor = last
-    elif _order(cursor) > _order(last) and not _expired([task_id], redis):
+    elif order(cursor) > order(last) and not _expired([task_id], redis):
         yield Event(cursor, "reset", {"cursor": cursor, "last": last})
         cursor = "0"
     if newest and cursor == last and newest[0][1].get("event") in keys.TERMINAL:

@@ -114,8 +114,11 @@ class TaskQueue:
     A change is repeated for patience_seconds while Redis is away; then redis-py's error is raised.
     """
 
-    def __init__(self, client: Client | None = None, *, patience_seconds: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self, client: Client | None = None, *, patience_seconds: float = PATIENCE_SECONDS, name: str | None = None
+    ) -> None:
         self.redis = connect() if client is None else client
+        self._name = name  # of the connection that blocks, in CLIENT LIST
         self.patience_seconds = patience_seconds
         names = ("put", "claim", "heartbeat", "finish", "retry", "release", "recover", "audit", "cancel")
         self._scripts = {name: load(self.redis, name) for name in names}
@@ -124,7 +127,7 @@ class TaskQueue:
     @cached_property
     def _blocking(self) -> Client:
         # subtle: bytes, because a decoding error after BRPOP would lose the element
-        return blocking_client(self.redis, BLOCK_SECONDS, decode_responses=False)
+        return blocking_client(self.redis, BLOCK_SECONDS, decode_responses=False, client_name=self._name)
 
     def _run(self, name: str, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
         return repeat(lambda: self._scripts[name](keys=script_keys, args=args), self.patience_seconds)
@@ -245,10 +248,10 @@ class TaskQueue:
 
     def finish(self, task: Task, outcome: Outcome, result: Any = None) -> bool:
         """Close the record after the task's stream has ended; a failed task goes to `dead` too. False: lease lost."""
-        letter = {"id": task.id, "data": task.data, "reason": result, "attempts": task.attempt}
         args = [task.id, task.token, outcome, to_json(result), RECORD_TTL_SECONDS * 1000]
-        args += [to_json(letter) if outcome == "failed" else "", DEAD_LETTERS, FINISHED_TASKS, encode(task.id)]
-        script_keys = [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD, keys.FINISHED]
+        letter = _letter(task.id, task.data, result, task.attempt) if outcome == "failed" else ""
+        args += [letter, DEAD_LETTERS, FINISHED_TASKS, encode(task.id)]
+        script_keys = [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD, keys.FINISHED, keys.TOTALS]
         return bool(self._run("finish", script_keys, args))
 
     def retry(self, task: Task, delay_seconds: float) -> bool:
@@ -321,26 +324,42 @@ class TaskQueue:
                 if "data" not in content:
                     others += 1
                     continue
-                old = str(content["id"])
-                run = _REQUEUED.search(old)
-                base, number = (old[: run.start()], int(run[0][2:]) + 1) if run else (old, 2)
-                task, new = self._put_as(f"{base}.r{number}", _check_data(content["data"]))
-                while not new and task.data != content["data"]:  # somebody pushed that id by hand
-                    number += 1
-                    task, new = self._put_as(f"{base}.r{number}", _check_data(content["data"]))
-                pairs.append((old, task))
+                pairs.append((str(content["id"]), self._put_again(str(content["id"]), content["data"])))
                 self.redis.lrem(keys.DEAD, -1, letter)
         return pairs, others
 
+    def requeue(self, task_id: str) -> Task:
+        """Put one dead task again, as requeue_dead() does. Raises NoSuchTask, or ValueError where it has not failed."""
+        record = self.get(task_id)
+        if record is None:
+            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
+        if record["status"] != "failed":
+            raise ValueError(f"task {task_id} has not failed: {record['status']}")
+        task = self._put_again(task_id, record["data"])
+        self.redis.lrem(keys.DEAD, -1, _letter(task_id, record["data"], record["result"], record["attempts"]))
+        return task
+
+    def _put_again(self, old: str, data: Any) -> Task:
+        run = _REQUEUED.search(old)
+        base, number = (old[: run.start()], int(run[0][2:]) + 1) if run else (old, 2)
+        task, new = self._put_as(f"{base}.r{number}", _check_data(data))
+        while not new and task.data != data:  # somebody pushed that id by hand
+            number += 1
+            task, new = self._put_as(f"{base}.r{number}", _check_data(data))
+        return task
+
     def get(self, task_id: str) -> dict[str, Any] | None:
         """Return a task's record, decoded: data, status, attempts, failures, worker, put_at (ms) …; None if none."""
-        record: dict[str, Any] = self.redis.hgetall(keys.record(task_id))
-        if not record:
-            return None
+        record = self.redis.hgetall(keys.record(task_id))
+        return self.decode_record(record) if record else None
+
+    @staticmethod
+    def decode_record(record: dict[str, str]) -> dict[str, Any]:
+        """Return a record's fields as values."""
         numbers = ("attempts", "failures", "put_at", "started_at", "finished_at")
-        record.update({name: int(record[name]) for name in numbers if name in record})
-        record.update({name: from_json(record[name]) for name in ("data", "result") if name in record})
-        return record
+        values: dict[str, Any] = {name: int(text) if name in numbers else text for name, text in record.items()}
+        values.update({name: from_json(record[name]) for name in ("data", "result") if name in record})
+        return values
 
     def ahead(self, task_id: str, within: int = 10_000) -> int | None:
         """Return how many waiting tasks are popped before this one; None where it is not among the next `within`."""
@@ -360,13 +379,17 @@ class TaskQueue:
 
     def is_listed(self, task_id: str, within: int = 1_000) -> bool:
         """Say whether one of the next `within` elements has that id: so is found what was pushed by hand."""
-        for element in self._blocking.lrange(keys.QUEUE, -within, -1):
+        for element in self.next_elements(within):
             try:
                 if parse_element(element).id == task_id:
                     return True
             except Malformed:
                 continue  # whoever pops it will say so
         return False
+
+    def next_elements(self, count: int) -> list[bytes]:
+        """Return the next `count` elements of the list, undecoded; the last one is popped first."""
+        return list(self._blocking.lrange(keys.QUEUE, -count, -1))
 
     def owed(self) -> int:
         """Return how many tasks are waiting, running or resting."""
@@ -392,6 +415,10 @@ def _check_data(data: Any) -> str:
             f"the task's data has {size:,} bytes; the limit is {MAX_DATA_BYTES:,} (put them in a file that it names)"
         )
     return text
+
+
+def _letter(task_id: str, data: Any, reason: Any, attempts: int) -> str:
+    return to_json({"id": task_id, "data": data, "reason": reason, "attempts": attempts})
 
 
 def _put_keys(task_id: str) -> list[str]:

@@ -53,6 +53,8 @@ ELECTION_SECONDS = 3.0  # how long after its last look a worker that has gone st
 POLL_SECONDS = 0.1  # how soon a signal is noticed where nothing else wakes the main thread
 MAX_ERROR_CHARS = 2_000  # of an exception's message in an event
 
+WORKER_NAME = "worker:"  # then host:pid: the name of its connection in CLIENT LIST, for whoever asks who is alive
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Handler = Callable[[Task, TaskLog], Any]
@@ -127,8 +129,9 @@ class _Worker:
     def __init__(
         self, client: Client, handler: Handler, lease_seconds: float, max_attempts: int, backoff_seconds: float
     ) -> None:
-        self.queue = TaskQueue(client, patience_seconds=0)  # waiting is done here, in insist()
         self.name = f"{socket.gethostname()}:{os.getpid()}"
+        # without patience: waiting is done here, in insist()
+        self.queue = TaskQueue(client, patience_seconds=0, name=f"{WORKER_NAME}{self.name}")
         self.handler, self.lease_seconds = handler, lease_seconds
         self.max_attempts, self.backoff_seconds = max_attempts, backoff_seconds
         self.signals = 0  # how many came; the signal handler's only business
@@ -140,7 +143,8 @@ class _Worker:
         self.running: dict[str, tuple[Task, TaskLog, Lease]] = {}
         self.elements: SimpleQueue[bytes] = SimpleQueue()
         self.unclaimed: list[bytes] = []  # popped, and not known to be claimed
-        self.trouble: dict[str, float] = {}  # kind of operation -> since when it fails
+        self.trouble: set[str] = set()  # kinds of operations that fail
+        self.trouble_since = 0.0  # time.monotonic() when the first of them began to
         self.trouble_lock = threading.Lock()
 
     # -- the main thread ----------------------------------------------------------------------------------------
@@ -384,13 +388,14 @@ class _Worker:
             with self.trouble_lock:
                 if not self.trouble and is_transient(error):
                     logger.warning("Redis does not serve (%s); waiting for it", reason_of(error))
-                self.trouble.setdefault(kind, time.monotonic())
+                    self.trouble_since = time.monotonic()
+                self.trouble.add(kind)
             raise
-        if self.trouble:
+        if kind in self.trouble:
             with self.trouble_lock:
-                since = self.trouble.pop(kind, None)
-                if since is not None and not self.trouble:
-                    logger.warning("Redis serves again, after %.1f s", time.monotonic() - since)
+                self.trouble.discard(kind)
+                if not self.trouble:
+                    logger.warning("Redis serves again, after %.1f s", time.monotonic() - self.trouble_since)
         return result
 
     def insist(self, kind: str, call: Callable[[], T]) -> T:

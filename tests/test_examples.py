@@ -171,6 +171,47 @@ def test_line_that_was_not_written_to_its_end_is_written_again(run: Run, valkey:
         assert [entry["id"] for entry in lines(file)] == ids
 
 
+def test_new_file_gets_all_tasks_again(run: Run, valkey: Server, tmp_path: Path) -> None:
+    """The archive was moved away: the next one begins at the beginning, though Redis remembers the first."""
+    ids = finish(TaskQueue(valkey.client()), 2)
+    file = tmp_path / "archive.jsonl"
+    run(ARCHIVE, str(file), "--once")
+    file.rename(tmp_path / "old.jsonl")
+
+    run(ARCHIVE, str(file), "--once")
+
+    assert [entry["id"] for entry in lines(file)] == ids
+
+
+def test_file_of_something_else_is_left_alone(run: Run, valkey: Server, tmp_path: Path) -> None:
+    """Its last line is none of an archive: nothing is written, and the error says so."""
+    finish(TaskQueue(valkey.client()), 1)
+    file = tmp_path / "notes.txt"
+    file.write_text("hello\n")
+
+    code, _, err = run(ARCHIVE, str(file), "--once")
+
+    assert code == 1
+    assert "none of this program's" in err
+    assert file.read_text() == "hello\n"
+
+
+def test_archiver_goes_on_where_the_server_has_lost_its_data(valkey: Server, script: Start, tmp_path: Path) -> None:
+    """Stream and group are gone: it says so, and archives what finishes from then on."""
+    queue = TaskQueue(valkey.client())
+    file = tmp_path / "archive.jsonl"
+    archiver = script(valkey.url, ARCHIVE, str(file))
+    finish(queue, 2)
+    wait_until(lambda: len(lines(file)) == 2, "the first are archived")
+
+    queue.redis.flushall()
+    finish(queue, 1)
+    wait_until(lambda: len(lines(file)) == 3, "the next is archived")
+    archiver.terminate()
+
+    assert archiver.wait(timeout=30) == 0
+
+
 def test_second_archiver_of_a_file_is_refused(valkey: Server, script: Start, run: Run, tmp_path: Path) -> None:
     """Two writers would write twice."""
     file = tmp_path / "archive.jsonl"
@@ -231,5 +272,5 @@ def test_archiver_waits_for_a_server_that_restarts(valkey: Server, script: Start
     wait_until(lambda: len(lines(file)) == 2, "the second is archived")
     archiver.terminate()
 
-    assert "trying again" in said
+    assert "waiting for it" in said
     assert archiver.wait(timeout=30) == 0

@@ -478,6 +478,33 @@ def test_ids_of_requeued_tasks_are_kept_free(queue: TaskQueue, task_id: str) -> 
         queue.put({}, id=task_id)
 
 
+def test_one_dead_task_is_put_again(queue: TaskQueue) -> None:
+    """It leaves the dead letters, the others stay; what has not failed or never was is refused."""
+    queue.put_many([{"n": 1.50}, {"n": 2}, {"n": 3}])
+    for outcome in ("failed", "failed", "completed"):
+        queue.finish(take(queue), outcome, "no")
+
+    task = queue.requeue("1")
+
+    assert (task.id, task.data) == ("1.r2", {"n": 1.5})
+    assert [json.loads(letter)["id"] for letter in queue.redis.lrange(keys.DEAD, 0, -1)] == ["2"]
+    with pytest.raises(ValueError, match="has not failed: completed"):
+        queue.requeue("3")
+    with pytest.raises(NoSuchTask):
+        queue.requeue("4")
+
+
+def test_ends_are_counted_once(queue: TaskQueue) -> None:
+    """By outcome, whatever is repeated; the counts outlive the records."""
+    queue.put_many("abc")
+    for outcome in ("failed", "completed", "completed"):
+        task = take(queue)
+        queue.finish(task, outcome, None)
+        queue.finish(task, outcome, None)
+
+    assert queue.redis.hgetall(keys.TOTALS) == {"failed": "1", "completed": "2"}
+
+
 def test_many_dead_letters_are_read_in_pages(queue: TaskQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are put again, in the order in which they failed, and letters that hold no task are passed over."""
     monkeypatch.setattr(queue_module, "REQUEUE_PAGE", 3)

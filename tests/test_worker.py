@@ -1,6 +1,7 @@
 """The loop around a handler: what a worker does with every kind of task, signal and trouble."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -200,6 +201,17 @@ def test_worker_that_dies_on_a_task_again_and_again_gives_it_up(
 
     assert names(queue, task.id)[-2:] == ["worker_lost", "failed"]
     assert queue.redis.llen(keys.DEAD) == 1
+
+
+def test_worker_is_known_by_the_name_of_its_connection(queue: TaskQueue, worker: Start) -> None:
+    """CLIENT LIST tells who is alive: worker:<host>:<pid>."""
+    process = worker()
+    wait_until(lambda: blocked(queue) == 1, "it waits in BRPOP")
+
+    names_of_clients = [one["name"] for one in queue.redis.client_list()]
+    process.terminate()
+
+    assert any(re.fullmatch(f"worker:[^ ]+:{process.pid}", name) for name in names_of_clients)
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 -- Close a task's record after its stream has ended.
--- KEYS  record, leases, unfinished, dead, finished
+-- KEYS  record, leases, unfinished, dead, finished, totals
 -- ARGV  id, token, status, result as JSON, time to live (ms), dead letter as JSON ('' for none), sizes of `dead` and
 --       `finished`, id as the field codec stores it
 -- Returns 1, or 0 where the lease is lost. Calling it again changes nothing.
@@ -16,6 +16,7 @@ redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('HSET', KEYS[1], 'status', ARGV[3], 'result', ARGV[4],
   'finished_at', time[1] * 1000 + math.floor(time[2] / 1000))
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
+redis.call('HINCRBY', KEYS[6], ARGV[3], 1)
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[8], '*', 'id', ARGV[9], 'status', ARGV[3])
 if ARGV[6] ~= '' then
   redis.call('LPUSH', KEYS[4], ARGV[6])

@@ -145,8 +145,8 @@ def test_url_is_understood(url: str, config: RedisConfig) -> None:
 
 BAD_URLS = [
     ("", "url"),
-    ("localhost:6379", "scheme"),
-    ("http://db", "scheme"),
+    ("localhost:6379", "one server"),
+    ("http://db", "one server"),
     ("redis://db:port", "[Pp]ort"),
     ("redis://db:70000", "Port"),
     ("redis://db:0", "port"),
@@ -159,7 +159,7 @@ BAD_URLS = [
     ("redis://db?max_connections=0", "max_connections"),
     ("redis://db?colour=red", "colour"),
     ("redis://db?ssl=true", "ssl"),
-    ("unix:///run/redis.sock", "path"),
+    ("unix:///run/redis.sock", "one server"),
 ]
 
 

@@ -156,12 +156,14 @@ def _no_retry(library: Any) -> Retry | AsyncRetry:
     return Retry(NoBackoff(), 0) if library is redis else AsyncRetry(NoBackoff(), 0)
 
 
-def blocking_client(client: Client, block_seconds: float, decode_responses: bool = True) -> Client:
+def blocking_client(
+    client: Client, block_seconds: float, decode_responses: bool = True, client_name: str | None = None
+) -> Client:
     """Return a client like the given one, on connections of its own, for commands that block up to block_seconds.
 
     Its socket waits longer than the server does, so that a blocking command ends with the server's answer and never by
     a time-out of the socket; and it repeats nothing. Bytes that are not UTF-8 are decoded as \\xff and so on: what
-    somebody else wrote must not stop a reader.
+    somebody else wrote must not stop a reader. `client_name` is how CLIENT LIST names it.
     """
     library = redis.asyncio if isinstance(client, redis.asyncio.Redis | redis.asyncio.RedisCluster) else redis
     changes: dict[str, Any] = {
@@ -170,6 +172,8 @@ def blocking_client(client: Client, block_seconds: float, decode_responses: bool
         "decode_responses": decode_responses,
         "encoding_errors": "backslashreplace",
     }
+    if client_name is not None:
+        changes["client_name"] = client_name
     if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
         node_class = ClusterNode if library is redis else AsyncClusterNode
         nodes = [node_class(str(node.host), int(node.port)) for node in client.get_nodes()]
@@ -239,7 +243,7 @@ class RedisClient:
     @translated
     def set(self, key: str, value: str | bytes | int | float, expire: float | None = None) -> bool:
         """Set a string key, which lives for `expire` seconds, or without end."""
-        return bool(self.redis.set(key, value, px=_milliseconds(expire)))
+        return bool(self.redis.set(key, _plain(value), px=_milliseconds(expire)))
 
     @translated
     def delete(self, *keys: str) -> int:
@@ -322,7 +326,7 @@ class AsyncRedisClient:
 
     @translated
     async def set(self, key: str, value: str | bytes | int | float, expire: float | None = None) -> bool:
-        return bool(await (self.redis or await self.connect()).set(key, value, px=_milliseconds(expire)))
+        return bool(await (self.redis or await self.connect()).set(key, _plain(value), px=_milliseconds(expire)))
 
     @translated
     async def delete(self, *keys: str) -> int:
@@ -358,6 +362,12 @@ def _checked(config: RedisConfig | None) -> RedisConfig | None:
 
 def _text(value: str | bytes) -> str:
     return value if isinstance(value, str) else str(value, "utf-8")  # bytes: by decode_responses=False
+
+
+def _plain(value: str | bytes | int | float) -> str | bytes | int | float:
+    if not isinstance(value, str | bytes | int | float) or isinstance(value, bool):
+        raise TypeError(f"value must be text, bytes or a number, not {type(value).__name__}: set_json takes the others")
+    return value
 
 
 def _milliseconds(expire: float | None) -> int | None:

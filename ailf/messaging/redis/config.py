@@ -48,7 +48,9 @@ class RedisConfig:
     def from_url(cls, url: str) -> "RedisConfig":
         """Return the config that redis://user:password@host:port/db?field=value (or rediss://, with TLS) describes."""
         _check_text("url", url)
-        options = dict(parse_url(url))  # raises ValueError for another scheme or a bad number
+        if not url.startswith(("redis://", "rediss://")):
+            raise ValueError("a config is of one server: redis://… or rediss://… (for a cluster set REDIS_URL)")
+        options = dict(parse_url(url))  # raises ValueError for a bad number
         parts = urlsplit(url)
         if parts.port is not None:
             options["port"] = parts.port  # subtle: parse_url takes port 0 for none
