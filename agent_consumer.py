@@ -317,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     limiter = None
     if args.llm_rate:  # counted in Redis, so that all workers together stay below the LLM provider's limit
         calls, seconds = args.llm_rate
-        limiter = RedisRateLimiter(LLM_RATE, calls, seconds)
+        limiter = RedisRateLimiter(f"{LLM_RATE}:{seconds:g}s", calls, seconds)  # a count for each length of window
     # LPUSH by producer.py; here BRPOP, claim, Agent(task, log) with its XADDs, then `completed`, `failed` or a retry.
     return run_worker(Agent(llm, tools, limiter), **worker_options(args))
 

@@ -20,14 +20,13 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from redis.exceptions import RedisError
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from ailf.messaging.redis import blocking_client, decode, encode, is_transient
+from ailf.messaging.redis import REDIS_ERRORS, blocking_client, decode, encode, is_transient
 from task_streams import Event, TaskLog, TaskQueue, keys
 from task_streams.cli import run
 from task_streams.log import BLOCK_SECONDS, check_cursor, follow, seq_of
@@ -117,7 +116,7 @@ def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[
         nonlocal known, put_at
         try:
             found = queue.redis.zrange(keys.RECENT, put_at - OVERLAP_MS, "+inf", byscore=True, withscores=True)
-        except RedisError as error:
+        except REDIS_ERRORS as error:
             if not is_transient(error):
                 raise
             return time.monotonic() + BLOCK_SECONDS  # follow() says it, where there is anything to follow
@@ -293,7 +292,7 @@ def place(task_id: str, queue: TaskQueue) -> int | None:
     """Return how many tasks are before this one; None where that is not known, as while Redis is away."""
     try:
         return queue.ahead(task_id)
-    except RedisError as error:
+    except REDIS_ERRORS as error:
         if not is_transient(error):
             raise
         return None

@@ -5,9 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from redis.exceptions import RedisClusterException, RedisError
-
-from ailf.messaging.redis import RedisUnavailable, embedded, explain
+from ailf.messaging.redis import REDIS_ERRORS, RedisMessagingError, embedded, explain
 
 
 def run(main: Callable[[], int]) -> int:
@@ -22,8 +20,8 @@ def run(main: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read our output has enough of it (`… | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE
-    except RedisUnavailable as error:
+    except RedisMessagingError as error:
         print(error, file=sys.stderr)
-    except (RedisError, RedisClusterException) as error:
+    except REDIS_ERRORS as error:
         print(explain(error, os.environ.get("REDIS_URL") or f"redis://localhost:{embedded.PORT}"), file=sys.stderr)
     return 1

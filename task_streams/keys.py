@@ -17,7 +17,7 @@ FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD, FINISHED, TOTALS)  # 
 
 CANCEL_CHANNEL = "task_queue:cancel"  # PubSub: the id of a task whose record asks for its end
 RECOVERY_LOCK = "task_queue:recovery"  # RedisLock: its holder looks for lost tasks
-LLM_RATE = "llm_rate"  # RedisRateLimiter: the calls of all workers to one LLM
+LLM_RATE = "llm_rate"  # RedisRateLimiter: the calls of all workers to one LLM, llm_rate:<seconds>s:<model>
 
 
 def record(task_id: str) -> str:

@@ -14,9 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from redis import RedisCluster
-from redis.exceptions import RedisError
 
-from ailf.messaging.redis import Client, blocking_client, connect, decode, encode, is_transient, reason_of
+from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect, decode, encode, is_transient, reason_of
 
 from . import keys
 from .lua import load
@@ -158,7 +157,7 @@ class TaskLog:
                 raise LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
             try:
                 return self._append(keys=[keys.stream(self.task_id), keys.writer(self.task_id)], args=args)
-            except RedisError as error:
+            except REDIS_ERRORS as error:
                 if not is_transient(error) or (self.lease is None and time.monotonic() + delay > limit):
                     raise
             if self.lease is not None:
@@ -244,7 +243,7 @@ def follow(
             reply = _xread(blocking, streams, block_ms)
             for task_id in [] if reply else _expired(list(cursors), blocking):
                 del cursors[task_id]
-        except RedisError as error:
+        except REDIS_ERRORS as error:
             if not is_transient(error):
                 raise
             if not away:

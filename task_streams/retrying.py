@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from redis.exceptions import RedisError
-
-from ailf.messaging.redis import is_transient, reason_of
+from ailf.messaging.redis import REDIS_ERRORS, is_transient, reason_of
 
 FIRST_DELAY_SECONDS = 0.05
 LONGEST_DELAY_SECONDS = 1.0  # so that work goes on within a second of the server's return
@@ -33,7 +31,7 @@ def repeat(call: Callable[[], T], patience_seconds: float) -> T:
     for delay in delays():
         try:
             return call()
-        except RedisError as error:
+        except REDIS_ERRORS as error:
             if not is_transient(error) or time.monotonic() + delay > began + patience_seconds:
                 raise
             if not warned:

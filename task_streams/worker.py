@@ -24,15 +24,13 @@ from types import FrameType
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from redis.exceptions import RedisError
-
 from ailf.messaging.redis import (
+    REDIS_ERRORS,
     Client,
     LockNotOwned,
     RedisLock,
     RedisMessagingError,
     RedisPubSub,
-    RedisUnavailable,
     connect,
     is_transient,
     reason_of,
@@ -103,7 +101,8 @@ def cancel_task(queue: TaskQueue, task_id: str, reason: str) -> str:
     """
     task = queue.request_cancel(task_id, reason)
     if task is None:
-        RedisPubSub(queue.redis).publish(keys.CANCEL_CHANNEL, task_id)
+        with contextlib.suppress(RedisMessagingError):  # the record asks for it already
+            RedisPubSub(queue.redis).publish(keys.CANCEL_CHANNEL, task_id)
         return "requested"
     log = TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token)
     try:
@@ -140,6 +139,7 @@ class _Worker:
         self.election = RedisLock(keys.RECOVERY_LOCK, ELECTION_SECONDS, client)
         self.elected = False
         self.cancellations = RedisPubSub(client)
+        self.listening = False
         self.running: dict[str, tuple[Task, TaskLog, Lease]] = {}
         self.elements: SimpleQueue[bytes] = SimpleQueue()
         self.unclaimed: list[bytes] = []  # popped, and not known to be claimed
@@ -155,12 +155,11 @@ class _Worker:
         for _ in range(concurrency):
             threading.Thread(target=self.slot, args=(slots,), daemon=True).start()
         threading.Thread(target=self.heartbeat, daemon=True).start()
-        self.listen_for_cancellations()
         logger.info("worker %s waits for tasks on %s at %s", self.name, keys.QUEUE, url_of(self.queue.redis))
         try:
             try:
                 self.take_until_stopped(slots, burst)
-            except RedisError:
+            except REDIS_ERRORS:
                 self.finish_or_hand_back(slots, concurrency, 0)
                 raise
             return self.finish_or_hand_back(slots, concurrency, grace_seconds)
@@ -182,6 +181,8 @@ class _Worker:
             try:
                 if time.monotonic() >= recover_at:
                     recover_at = time.monotonic() + RECOVER_SECONDS
+                    if not self.listening:
+                        self.listen_for_cancellations()
                     if self.attempt("elect", self.is_elected) and (
                         recovered := self.attempt("recover", self.queue.recover)
                     ):
@@ -203,7 +204,7 @@ class _Worker:
                 elif burst and not self.running and self.attempt("count", self.queue.owed) == 0:
                     return
                 wait = delays()
-            except RedisError as error:
+            except REDIS_ERRORS as error:
                 if not is_transient(error):
                     raise
                 time.sleep(next(wait))
@@ -225,7 +226,7 @@ class _Worker:
             for (task, _, _), released in zip(held, self.queue.release([task for task, _, _ in held]), strict=True):
                 if released:
                     logger.info("task %s handed back", task)
-        except RedisError:
+        except REDIS_ERRORS:
             logger.warning("%d task(s) not handed back: they run again when their leases are over", len(held))
         if self.elected:
             with contextlib.suppress(RedisMessagingError):  # then it expires by itself
@@ -242,7 +243,7 @@ class _Worker:
                     return True
             self.elected = self.election.acquire(retry=0)
             return self.elected
-        except RedisUnavailable as error:
+        except RedisMessagingError as error:
             raise (error.__cause__ or error) from None  # redis-py's own, which this loop knows how to wait out
 
     # -- the slots ----------------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ class _Worker:
             element = self.elements.get()
             try:
                 self.process(element)
-            except RedisError as error:
+            except REDIS_ERRORS as error:
                 logger.error("a task was left to its lease: %s", error)
             except BaseException:  # a slot must go on, or its worker would hang
                 logger.exception("the worker itself failed; the task runs again when its lease is over")
@@ -351,7 +352,7 @@ class _Worker:
                 beat = partial(self.queue.heartbeat, [task for task, _, _ in held], self.lease_seconds)
                 replies = self.attempt("heartbeat", beat)
                 pause = self.lease_seconds / 3
-            except RedisError as error:
+            except REDIS_ERRORS as error:
                 if not is_transient(error):
                     logger.error("cannot renew leases: %s", error)
                 pause = min(1.0, self.lease_seconds / 10)
@@ -371,8 +372,11 @@ class _Worker:
         try:
             self.cancellations.subscribe(keys.CANCEL_CHANNEL, self.on_cancel)
             self.cancellations.run_in_thread()
+            self.listening = True
         except RedisMessagingError as error:
-            logger.warning("cancellations arrive with the next heartbeat only: %s", error)
+            if not is_transient(error):
+                self.listening = True  # as well as it will ever do
+                logger.warning("cancellations arrive with the next heartbeat only: %s", error)
 
     def on_cancel(self, task_id: Any) -> None:
         if any(task.id == str(task_id) for task, _, _ in list(self.running.values())):
@@ -384,7 +388,7 @@ class _Worker:
         """Call once; log when this kind of operation begins to fail and when all work again, not in between."""
         try:
             result = call()
-        except RedisError as error:
+        except REDIS_ERRORS as error:
             with self.trouble_lock:
                 if not self.trouble and is_transient(error):
                     logger.warning("Redis does not serve (%s); waiting for it", reason_of(error))
@@ -403,7 +407,7 @@ class _Worker:
         for delay in delays():
             try:
                 return self.attempt(kind, call)
-            except RedisError as error:
+            except REDIS_ERRORS as error:
                 if not is_transient(error) or self.leaving.wait(delay):
                     raise
         raise AssertionError("delays() never ends")

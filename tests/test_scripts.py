@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -648,6 +649,23 @@ def test_scripts_run_on_a_cluster(run: Run, tmp_path: Path) -> None:
 
     assert (put.lines, worked.code, watched.code, cancelled.code) == (["1", "2"], 0, 0, 0), watched.err + cancelled.err
     assert sum(" completed in " in line for line in watched.lines) == 2
+
+
+def test_agents_share_the_rate_of_calls_to_the_llm(valkey: Server, script: Start, queue: TaskQueue, run: Run) -> None:
+    """Two agents with --llm-rate 5/s: four tasks of five calls each take three whole seconds, and the wait is told."""
+    run("producer.py", "summarise", *["sample_data/sales.csv"] * 4)
+    command = ["agent_consumer.py", "--burst", "--concurrency", "2", "--llm-delay", "0", "--llm-rate", "5/s"]
+    agents = [script(valkey.url, *command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    for agent in agents:
+        agent.communicate(timeout=60)
+
+    events = [event for n in range(1, 5) for event in TaskLog(n, queue.redis).read()]
+    at = {name: [e.fields["timestamp"] for e in events if e.name == name] for name in ("started", "llm_response")}
+    took = datetime.fromisoformat(max(at["llm_response"])) - datetime.fromisoformat(min(at["started"]))
+
+    assert len(at["llm_response"]) == 20
+    assert took.total_seconds() >= 3  # the first five, then five in each further second: by the server's clock
+    assert any(event.name == "rate_limited" and event.fields["limit"] == "5 in 1 s" for event in events)
 
 
 def test_failing_llm_is_retried(run: Run, queue: TaskQueue) -> None:

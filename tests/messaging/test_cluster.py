@@ -2,7 +2,9 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,11 @@ from ailf.messaging.redis import (
     RedisPubSub,
     RedisRateLimiter,
     RedisStream,
+    RedisUnavailable,
 )
+from task_streams import TaskQueue
+
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
@@ -91,3 +97,51 @@ def test_asyncio_utilities_work_on_a_cluster(cluster: Server) -> None:
         return heard
 
     assert asyncio.run(main()) == [1, 2, 3, True, True]
+
+
+def test_outage_of_a_cluster_is_waited_out(cluster: Server, script: Start, tmp_path: Path) -> None:
+    """While no node answers, worker, subscriber and stream consumer wait; then all goes on, and the lock is held."""
+    heard: list[Any] = []
+    done: list[Any] = []
+    with RedisClient() as client, RedisPubSub(client) as pubsub:
+        pubsub.subscribe("a", heard.append)
+        pubsub.run_in_thread()
+        stream = RedisStream("s", client)
+        stream.create_consumer_group("g", "c")
+        consumer = stream.process_in_thread(lambda message: done.append(message["n"]) or True)
+        lock = RedisLock("x", expire=30, redis_client=client)
+        assert lock.acquire()
+        url = cluster.url.replace("redis://", "redis+cluster://")
+        worker = script(url, "consumer.py")
+        assert worker.stderr is not None
+        worker.stderr.readline()
+
+        cluster.stop(signal.SIGTERM)
+        with pytest.raises(RedisUnavailable):
+            client.get("a")
+        lines = [worker.stderr.readline()]
+        time.sleep(2)  # an outage, of which every loop has a try
+        cluster.start()
+
+        wait_until(lambda: _try(lambda: pubsub.publish("a", 1)) == 1, "it is subscribed again")
+        wait_until(lambda: heard == [1], "it is heard again")
+        wait_until(lambda: _try(lambda: stream.add({"n": 1})), "the cluster is up again")
+        wait_until(lambda: done == [1], "the stream is read again")
+        assert consumer.is_alive()
+        assert lock.release()
+        task = TaskQueue(client.client).put({"type": "process_data", "payload": {}})
+        wait_until(lambda: (TaskQueue(client.client).get(task.id) or {})["status"] == "completed", "the worker works")
+        worker.terminate()
+        lines += worker.communicate(timeout=30)[1].splitlines()
+        stream.close()
+
+        assert worker.returncode == 0, lines
+        assert sum("does not serve" in line for line in lines) == sum("serves again" in line for line in lines) == 1
+        assert not any("Traceback" in line for line in lines)
+
+
+def _try(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except RedisUnavailable:
+        return None

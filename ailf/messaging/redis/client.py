@@ -31,7 +31,7 @@ from redis.sentinel import SentinelConnectionPool
 from . import embedded
 from .codec import encode, from_json, to_json
 from .config import RedisConfig, check_seconds
-from .errors import RedisUnavailable, explain, safe_url, translated
+from .errors import REDIS_ERRORS, RedisUnavailable, explain, safe_url, translated
 
 SOCKET_SECONDS = 4.0  # how long a reply may take: a silent server is given up within 5 s; see blocking_client
 CONNECT_SECONDS = 2.0  # two addresses (IPv6, IPv4) and a PING stay within 5 s
@@ -47,7 +47,7 @@ SCHEMES = (
     "redis://host:port/db, rediss://…, unix:///path, redis+cluster://host:port or redis+sentinel://host:port/service"
 )
 
-UNREACHED = (errors.RedisError, errors.RedisClusterException, OSError, ValueError, TypeError)
+UNREACHED = (*REDIS_ERRORS, OSError, ValueError, TypeError)
 
 # -- the policy -------------------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class RedisClient:
         """Say whether the server answers a PING, within the socket's time-out."""
         try:
             return bool(self.redis.ping())
-        except (errors.RedisError, errors.RedisClusterException, OSError):
+        except (*REDIS_ERRORS, OSError):
             return False
 
 
@@ -350,7 +350,7 @@ class AsyncRedisClient:
     async def health_check(self) -> bool:
         try:
             return bool(await (self.redis or await self.connect()).ping())
-        except (errors.RedisError, errors.RedisClusterException, OSError, RedisUnavailable):
+        except (*REDIS_ERRORS, OSError, RedisUnavailable):
             return False
 
 

@@ -13,6 +13,10 @@ from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnec
 from redis.sentinel import SentinelConnectionPool
 
 F = TypeVar("F", bound=Callable[..., Any])
+REDIS_ERRORS = (
+    errors.RedisError,
+    errors.RedisClusterException,
+)  # all that redis-py raises: the second is none of the first
 
 
 class RedisMessagingError(Exception):
@@ -35,7 +39,7 @@ def translated(method: F) -> F:
         async def call(self: Any, *args: Any, **options: Any) -> Any:
             try:
                 return await method(self, *args, **options)
-            except (errors.RedisError, errors.RedisClusterException) as error:
+            except REDIS_ERRORS as error:
                 raise translate(error, self.redis) from error
     else:
 
@@ -43,19 +47,21 @@ def translated(method: F) -> F:
         def call(self: Any, *args: Any, **options: Any) -> Any:
             try:
                 return method(self, *args, **options)
-            except (errors.RedisError, errors.RedisClusterException) as error:
+            except REDIS_ERRORS as error:
                 raise translate(error, self.redis) from error
 
     return call  # type: ignore[return-value]
 
 
 def translate(error: Exception, client: Any) -> Exception:
-    """Return the error of this package that tells of one of redis-py's; TypeError or ValueError for a DataError."""
+    """Return the error of this package that tells of one of redis-py's; TypeError or ValueError for the caller's."""
     if isinstance(error, errors.DataError):  # redis-py refused an argument: the caller's mistake, and nothing was sent
         of_type = "type" in str(error) or isinstance(error.__context__, TypeError)  # hiredis says it the second way
         return TypeError(str(error)) if of_type else ValueError(str(error))
     if isinstance(error, errors.LockError):
         return LockNotOwned(str(error))
+    if re.match("invalid (stream id|expire time)", str(error), re.IGNORECASE):
+        return ValueError(str(error))
     kind = RedisUnavailable if is_transient(error) else RedisMessagingError
     return kind(explain(error, "redis://…" if client is None else url_of(client)))  # None: closed during the call
 
@@ -90,8 +96,10 @@ def is_transient(error: BaseException) -> bool:
     """
     if isinstance(error, errors.AuthenticationError | errors.AuthorizationError):
         return False
-    if isinstance(error, RedisUnavailable):
+    if isinstance(error, RedisUnavailable | errors.SlotNotCoveredError):
         return True
+    if isinstance(error, errors.RedisClusterException):
+        return "cannot be connected" in str(error)  # what a cluster's client raises while no node answers
     if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.ReadOnlyError):
         return True
     if isinstance(error, errors.OutOfMemoryError | errors.ClusterDownError | errors.TryAgainError):

@@ -28,13 +28,14 @@ from .errors import LockNotOwned, RedisMessagingError, is_transient, translated
 from .lua import load
 
 FENCE_MS = 24 * 3600 * 1000  # how long a fence outlives its lock; after that the server's clock takes over
+RETRY_SECONDS = 1.0  # at most, after a renewal that failed
 JITTER = 0.5  # of retry_delay: those who wait come one after the other
 
 logger = logging.getLogger(__name__)
 
 
 def _keys(name: str) -> list[str]:
-    # The braces put the fence into the lock's own slot of a cluster; where the name has its own, those do it.
+    # The braces put the fence into the lock's own slot of a cluster; where the name has a hash tag, that does it.
     return [name, f"fence:{name}" if "}" in name else f"{{{name}}}:fence"]
 
 
@@ -143,9 +144,11 @@ class RedisLock:
             self._renewing.set()
 
     def _renew(self, stopped: threading.Event) -> None:
-        while not stopped.wait(self._expire / 3):
+        pause = self._expire / 3
+        while not stopped.wait(pause):
             try:
                 self.extend()
+                pause = self._expire / 3
             except (RedisMessagingError, TypeError) as error:  # TypeError: redis-py sends a mark that it set to None
                 if stopped.is_set():  # released meanwhile
                     return
@@ -154,7 +157,9 @@ class RedisLock:
                     return
                 if not is_transient(error):
                     raise
-                logger.warning("%s was not renewed: %s", self._lock.name, error)
+                if pause == self._expire / 3:  # the first failure
+                    logger.warning("%s was not renewed: %s", self._lock.name, error)
+                pause = min(RETRY_SECONDS, self._expire / 10)  # soon: much of the time has gone
 
 
 class _AsyncFencedLock(AsyncLock):
@@ -181,17 +186,18 @@ class AsyncRedisLock:
         auto_renew: bool = False,
     ) -> None:
         self._name, self._expire, self._auto_renew = f"lock:{lock_name}", _check(lock_name, expire), auto_renew
-        self._source = redis_client
+        self._own = redis_client is None
+        self._source = AsyncRedisClient() if redis_client is None else redis_client  # it connects once for all tasks
         self.redis: Client = None
         self._lock: _AsyncFencedLock | None = None
         self._renewing: asyncio.Task[None] | None = None
 
     async def _ready(self) -> _AsyncFencedLock:
-        if self._lock is None:
-            self.redis = await async_client_of(self._source)
-            lock = _AsyncFencedLock(self.redis, self._name, timeout=self._expire, thread_local=False)
-            lock.draw = load(self.redis, "acquire")
-            self._lock = lock
+        redis = await async_client_of(self._source)
+        if self._lock is None:  # subtle: asked only now, for another task may have come first
+            self.redis = redis
+            self._lock = _AsyncFencedLock(redis, self._name, timeout=self._expire, thread_local=False)
+            self._lock.draw = load(redis, "acquire")
         return self._lock
 
     @translated
@@ -241,17 +247,24 @@ class AsyncRedisLock:
     async def locked(self) -> bool:
         return bool(await (self._lock or await self._ready()).locked())
 
+    async def close(self) -> None:
+        """Close the connection, where it is this object's own; the lock is not released."""
+        self._stop_renewing()
+        if self._own:
+            await self._source.close()
+
     def _stop_renewing(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
             self._renewing = None
 
     async def _renew(self) -> None:
-        myself = asyncio.current_task()
+        myself, pause = asyncio.current_task(), self._expire / 3
         while self._renewing is myself:  # subtle: before Python 3.12, asyncio.wait_for may swallow the cancellation
-            await asyncio.sleep(self._expire / 3)
+            await asyncio.sleep(pause)
             try:
                 await self.extend()
+                pause = self._expire / 3
             except RedisMessagingError as error:
                 if self._renewing is not myself:  # released meanwhile
                     return
@@ -260,12 +273,19 @@ class AsyncRedisLock:
                     return
                 if not is_transient(error):
                     raise
-                logger.warning("%s was not renewed: %s", self._name, error)
+                if pause == self._expire / 3:
+                    logger.warning("%s was not renewed: %s", self._name, error)
+                pause = min(RETRY_SECONDS, self._expire / 10)
 
 
 def _check(lock_name: str, expire: float) -> float:
     if not isinstance(lock_name, str) or not lock_name:
         raise ValueError(f"lock_name must be a name, not {lock_name!r}")
+    tag = lock_name.partition("{")[2].partition("}")  # what a cluster hashes
+    if "}" in lock_name and not (tag[0] and tag[1]):
+        raise ValueError(
+            f"lock_name may have braces only around a hash tag, as in {{user:1}}:report, not {lock_name!r}"
+        )
     check_seconds("expire", expire)
     if expire < 0.001:
         raise ValueError(f"expire must be at least a millisecond, not {expire}")

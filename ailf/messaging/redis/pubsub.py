@@ -21,7 +21,7 @@ from redis import exceptions as errors
 
 from .client import MARGIN_SECONDS, AsyncRedisClient, Client, RedisClient, async_client_of, blocking_client, client_of
 from .codec import decode, encode
-from .errors import is_transient, reason_of, translated
+from .errors import REDIS_ERRORS, is_transient, reason_of, translated
 
 POLL_SECONDS = 0.1  # how soon stop() and new subscriptions are noticed where no message comes
 SILENCE_SECONDS = 10.0  # without a word from the server it is asked for one; after as many more it counts as lost
@@ -53,6 +53,7 @@ class RedisPubSub:
         self._early: deque[dict[str, Any]] = deque()  # messages that came while a confirmation was waited for
         self._change = threading.Condition()  # held while any of these change; notified of answers and of run()'s end
         self._stopped = threading.Event()
+        self._busy = False  # while a handler runs
         self._runner: threading.Thread | None = None
 
     @translated
@@ -147,6 +148,8 @@ class RedisPubSub:
         deadline = time.monotonic() + CONFIRM_SECONDS
         was_connected = self._subscriber is not None
         while name not in self._sent or self._unanswered[name]:
+            if self._busy and self._runner is not None:  # with a handler: the server is not asked before its end
+                deadline = time.monotonic() + CONFIRM_SECONDS
             left = deadline - time.monotonic()
             if left <= 0 or name not in self._handlers:
                 raise errors.TimeoutError(f"no confirmation of the subscription to {name[1]}")
@@ -214,7 +217,10 @@ class RedisPubSub:
         """Take note of a confirmation; say whether the message was one, or another of the server's own."""
         if message["type"].endswith("subscribe"):
             with self._change:
-                self._unanswered[message["type"].replace("unsub", "sub"), message["channel"]] -= 1
+                name = message["type"].replace("unsub", "sub"), message["channel"]
+                self._unanswered[name] -= 1
+                if not self._unanswered[name]:
+                    del self._unanswered[name]
                 self._change.notify_all()
         return message["type"] not in ("message", "pmessage")
 
@@ -234,7 +240,7 @@ class RedisPubSub:
             while not self._stopped.is_set():
                 try:
                     self._listen()
-                except errors.RedisError as error:
+                except REDIS_ERRORS as error:
                     if not is_transient(error):
                         raise
                     self._reconnect(error)
@@ -271,10 +277,13 @@ class RedisPubSub:
         handler = self._handlers.get((kind, message["pattern"] or message["channel"]))
         if handler is None:
             return  # unsubscribed meanwhile
+        self._busy = True
         try:
             handler(decode(message["data"]), message["channel"])
         except Exception:
             logger.exception("the handler of channel %s failed", message["channel"])
+        finally:
+            self._busy = False
 
     def _reconnect(self, error: Exception) -> None:
         """Connect again; try until all subscriptions are confirmed or stop() is called."""
@@ -291,7 +300,7 @@ class RedisPubSub:
                         self._read_ahead(left)
                 logger.warning("subscribed again: %s", ", ".join(self.subscriptions))
                 return
-            except (errors.RedisError, errors.RedisClusterException) as again:
+            except REDIS_ERRORS as again:
                 if not is_transient(again):
                     raise
             if self._stopped.wait(_back_off(tries)):
@@ -304,7 +313,8 @@ class AsyncRedisPubSub:
     """RedisPubSub for asyncio. It connects on first use. Handlers may be functions or coroutine functions."""
 
     def __init__(self, redis_client: AsyncRedisClient | Client | None = None) -> None:
-        self._source = redis_client
+        self._own_source = redis_client is None
+        self._source = AsyncRedisClient() if redis_client is None else redis_client  # it connects once for all tasks
         self.redis: Client = None
         self._handlers: dict[Name, Handler] = {}
         self._subscriber: Any = None
@@ -314,11 +324,13 @@ class AsyncRedisPubSub:
         self._early: deque[dict[str, Any]] = deque()
         self._change = asyncio.Condition()
         self._stopped = asyncio.Event()
+        self._busy = False
         self._runner: asyncio.Task[Any] | None = None
 
     async def _ready(self) -> Client:
         if self.redis is None:
-            self.redis = await async_client_of(self._source)
+            redis = await async_client_of(self._source)
+            self.redis = self.redis or redis
             self._own = self.redis is not getattr(self._source, "redis", self._source)
         return self.redis
 
@@ -370,6 +382,8 @@ class AsyncRedisPubSub:
             await self._disconnect()
         if self._own:
             await self.redis.aclose()
+        if self._own_source:
+            await self._source.close()
 
     async def __aenter__(self) -> "AsyncRedisPubSub":
         return self
@@ -397,6 +411,8 @@ class AsyncRedisPubSub:
         deadline = time.monotonic() + CONFIRM_SECONDS
         was_connected = self._subscriber is not None
         while name not in self._sent or self._unanswered[name]:
+            if self._busy and self._runner is not None:  # with a handler: the server is not asked before its end
+                deadline = time.monotonic() + CONFIRM_SECONDS
             left = deadline - time.monotonic()
             if left <= 0 or name not in self._handlers:
                 raise errors.TimeoutError(f"no confirmation of the subscription to {name[1]}")
@@ -459,7 +475,10 @@ class AsyncRedisPubSub:
 
     def _note(self, message: dict[str, Any]) -> bool:
         if message["type"].endswith("subscribe"):
-            self._unanswered[message["type"].replace("unsub", "sub"), message["channel"]] -= 1
+            name = message["type"].replace("unsub", "sub"), message["channel"]
+            self._unanswered[name] -= 1
+            if not self._unanswered[name]:
+                del self._unanswered[name]
         return message["type"] not in ("message", "pmessage")
 
     # -- running ------------------------------------------------------------------------------------------------
@@ -481,7 +500,7 @@ class AsyncRedisPubSub:
             while not self._stopped.is_set():
                 try:
                     await self._listen()
-                except errors.RedisError as error:
+                except REDIS_ERRORS as error:
                     if not is_transient(error):
                         raise
                     await self._reconnect(error)
@@ -521,12 +540,15 @@ class AsyncRedisPubSub:
         handler = self._handlers.get((kind, message["pattern"] or message["channel"]))
         if handler is None:
             return
+        self._busy = True
         try:
             result = handler(decode(message["data"]), message["channel"])
             if inspect.isawaitable(result):
                 await result
         except Exception:
             logger.exception("the handler of channel %s failed", message["channel"])
+        finally:
+            self._busy = False
 
     async def _reconnect(self, error: Exception) -> None:
         logger.warning("subscriptions lost (%s); connecting again", reason_of(error))
@@ -543,7 +565,7 @@ class AsyncRedisPubSub:
                     self._change.notify_all()
                 logger.warning("subscribed again: %s", ", ".join(self.subscriptions))
                 return
-            except (errors.RedisError, errors.RedisClusterException) as again:
+            except REDIS_ERRORS as again:
                 if not is_transient(again):
                     raise
             with contextlib.suppress(TimeoutError):

@@ -77,6 +77,7 @@ class AsyncRedisRateLimiter:
     ) -> None:
         self._prefix, self._args = _check(key_prefix, rate, period)
         self.rate, self.period = rate, period
+        self._own = redis_client is None
         self._source = AsyncRedisClient() if redis_client is None else redis_client  # it connects once for all tasks
         self.redis: Client = None
 
@@ -86,6 +87,11 @@ class AsyncRedisRateLimiter:
             self.redis = await async_client_of(self._source)
             self._allow = load(self.redis, "allow")
         return _decision(await self._allow(keys=[self._prefix + key], args=self._args))
+
+    async def close(self) -> None:
+        """Close the connection, where it is this object's own."""
+        if self._own:
+            await self._source.close()
 
     async def is_allowed(self, key: str) -> bool:
         return (await self.check(key)).allowed

@@ -9,6 +9,7 @@ import inspect
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,13 +17,14 @@ from redis import exceptions as errors
 
 from .client import AsyncRedisClient, Client, RedisClient, async_client_of, blocking_client, client_of
 from .codec import decode, encode
-from .errors import is_transient, reason_of, translated
+from .errors import REDIS_ERRORS, is_transient, reason_of, translated
 from .lua import load
 from .steps import Steps, run, run_async
 
 MAX_DELIVERIES = 5  # of one entry, before it goes to <stream>:dead
 STALE_MS = 30_000  # without a sign of life of its consumer an entry goes to another one
 BLOCK_SECONDS = 1.0  # of one command: longer blocks are made of several, so that stop() is noticed
+PAGE = 100  # pending entries looked up at one time
 BACK_OFF_SECONDS = 0.5  # between two tries while Redis is away
 MAX_ERROR_CHARS = 2_000  # of an exception in a dead letter
 
@@ -50,8 +52,8 @@ class _Stream:
         self._start_id = "0"
         self._last_read: str | None = None
         self._stopped = threading.Event()
-        self._held: set[str] = set()  # entries in hand, which must not become stale
-        self._fresh_at = 0.0  # time.monotonic() of their last sign of life
+        self._held: set[str] = set()  # the entry in hand, which must not become stale
+        self._resting: dict[str, float] = {}  # entries that failed -> time.monotonic() when they are stale
         self._unacknowledged: set[str] = set()  # entries that were handled, and Redis was not told
         self._unburied: dict[str, tuple[int, str]] = {}  # deliveries and error of entries that Redis did not bury
         self._done = 0  # entries that process_messages() has acknowledged
@@ -109,12 +111,13 @@ class _Stream:
         yield self._connect()
         if start_id == "$":  # subtle: made anew, the group must not leave out what came since
             start_id = _newest((yield self._reader.xrevrange(self.name, count=1)))
+        created = yield from self._create_group(group, start_id)
         self.group, self.consumer, self._start_id = group, consumer, start_id
-        return (yield from self._create_group())
+        return created
 
-    def _create_group(self) -> Steps[bool]:
+    def _create_group(self, group: str, start_id: str) -> Steps[bool]:
         try:
-            yield self.redis.xgroup_create(self.name, self.group, id=self._start_id, mkstream=True)
+            yield self.redis.xgroup_create(self.name, group, id=start_id, mkstream=True)
         except errors.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
@@ -168,9 +171,11 @@ class _Stream:
         while not self._stopped.is_set():
             try:
                 if away:
-                    yield self.redis.ping()  # subtle: its connection may be dead too, which an XACK must not find out
+                    yield self.redis.exists(
+                        self.name
+                    )  # subtle: its connection may be dead; not an XACK should find out
                 if group_gone:
-                    yield from self._create_group()
+                    yield from self._create_group(self.group, self._start_id)
                 group_gone = False
                 batch, tried = yield from self._next(place, count, block_ms)
                 if burst and not batch:
@@ -179,8 +184,8 @@ class _Stream:
                 if away:
                     logger.warning("stream %s: Redis is back", self.name)
                 away = False
-            except errors.RedisError as error:
-                place = _Place(self.stale_ms)  # subtle: a lost reply left its entries among our pending ones
+            except REDIS_ERRORS as error:
+                place = _Place(self.stale_ms)  # subtle: a lost reply left its entries pending, and not handled
                 self._held.clear()
                 if str(error).startswith("NOGROUP"):
                     logger.warning("stream %s: group %s is gone; creating it again", self.name, self.group)
@@ -200,10 +205,10 @@ class _Stream:
         counted as tried.
         """
         if place.own is not None:
-            entries = yield from self._read_group(1, None, place.own)
-            place.own = entries[-1]["id"] if entries else None
-            if entries:
-                return entries, (yield from self._deliveries(entries[0]["id"]))
+            yield from self._find_own(place)
+        while place.todo:
+            if entry := (yield from self._take_own(place.todo.popleft())):
+                return [entry], (yield from self._deliveries(entry["id"]))
         while time.monotonic() >= place.claim_at:
             entries, cursor = yield from self._claim(self.stale_ms, 1, place.cursor)
             place.move(cursor)
@@ -213,19 +218,36 @@ class _Stream:
             count = 1  # the rest of a batch, delivered once and not tried, would be buried where its consumer ends
         return (yield from self._read_group(count, block, ">")), 1
 
+    def _find_own(self, place: "_Place") -> Steps[None]:
+        """Note which entries are pending for this consumer, except those that it has just failed on: they rest."""
+        now = time.monotonic()
+        self._resting = {entry_id: until for entry_id, until in self._resting.items() if until > now}
+        while place.own is not None:
+            found = yield self.redis.xpending_range(self.name, self.group, place.own, "+", PAGE, self.consumer)
+            place.todo.extend(one["message_id"] for one in found if one["message_id"] not in self._resting)
+            place.own = f"({found[-1]['message_id']}" if len(found) == PAGE else None
+
+    def _take_own(self, entry_id: str) -> Steps[Entry | None]:
+        """Deliver one of this consumer's own pending entries to it again (XCLAIM); None where it was trimmed."""
+        entries = yield self._reader.xclaim(self.name, self.group, self.consumer, 0, [entry_id])
+        if entries := _entries([(self.name, [one for one in entries if one])]):
+            return entries[0]
+        self._warn_trimmed(entry_id)
+        return None
+
     def _deliveries(self, entry_id: str) -> Steps[int]:
         found = yield self.redis.xpending_range(self.name, self.group, entry_id, entry_id, 1)
         return int(found[0]["times_delivered"]) if found else 1
 
     def _handle(self, batch: list[Entry], tried: int, handler: Handler) -> Steps[None]:
         """Handle entries one after the other, and acknowledge them."""
-        self._fresh_at = time.monotonic()
-        self._held.update(entry["id"] for entry in batch)
+        since = time.monotonic()
         for entry in batch:
-            if time.monotonic() - self._fresh_at > self.stale_ms / 1000:  # subtle: this process was stopped meanwhile
+            self._held = {entry["id"]}  # subtle: not the whole batch: while one takes long, others may have the rest
+            if time.monotonic() - since > self.stale_ms / 3000:  # perhaps they have
                 yield from self._keep_fresh()
             if self._stopped.is_set() or entry["id"] not in self._held:
-                continue  # it stays pending; or it went to another consumer while this process was stopped
+                continue  # it stays pending, or it is another's now
             if entry["data"] is None:
                 self._warn_trimmed(entry["id"])
             elif entry["id"] in self._unacknowledged:
@@ -234,13 +256,14 @@ class _Stream:
                 yield from self._bury(entry, tried - 1, "its consumers ended without acknowledging it")
             elif (error := (yield from self._try(handler, entry))) is not None:
                 if tried < self.max_deliveries:
-                    self._held.discard(entry["id"])
+                    self._resting[entry["id"]] = time.monotonic() + self.stale_ms / 1000
+                    self._held.clear()
                     continue  # it stays pending, and becomes stale
                 yield from self._bury(entry, tried, error)
             self._unacknowledged.add(entry["id"])
             self._done += yield from self._acknowledge(entry["id"])
             self._unacknowledged.discard(entry["id"])
-            self._held.discard(entry["id"])
+            self._held.clear()
 
     def _try(self, handler: Handler, entry: Entry) -> Steps[str | None]:
         """Call the handler; return None where the entry is done, else why not."""
@@ -265,14 +288,13 @@ class _Stream:
         logger.error("stream %s: entry %s is given up after %d deliveries: %s", self.name, entry["id"], tried, error)
 
     def _keep_fresh(self) -> Steps[None]:
-        """Give one sign of life for the entries in hand; forget those that went to another consumer."""
-        held, now = list(self._held), time.monotonic()
+        """Give a sign of life for the entry in hand; forget it if it went to another consumer."""
+        held = list(self._held)
         try:
             if held:
                 still = yield self._renew(keys=[self.name], args=[self.group, self.consumer, *held])
                 self._held.difference_update(set(held) - set(still))
-            self._fresh_at = now
-        except errors.RedisError as error:
+        except REDIS_ERRORS as error:
             logger.debug("stream %s: no sign of life given: %s", self.name, error)
 
 
@@ -280,7 +302,8 @@ class _Place:
     """Where a worker is in its round: its own pending entries, then stale ones, then new ones."""
 
     def __init__(self, stale_ms: int) -> None:
-        self.own: str | None = "0"  # the last of one's own pending entries that was read; None: all were
+        self.own: str | None = "-"  # from where on one's own pending entries are looked up; None: all were
+        self.todo: deque[str] = deque()  # those that were found
         self.cursor = "0-0"  # of XAUTOCLAIM
         self.claim_at = 0.0  # time.monotonic() when stale entries are looked for again
         self._pause = stale_ms / 2000
@@ -309,6 +332,7 @@ class RedisStream(_Stream):
         stale_ms: int = STALE_MS,
     ) -> None:
         super().__init__(stream_name, maxlen, max_deliveries, stale_ms)
+        self._own = redis_client is None
         self._use(client_of(redis_client))
 
     def _connect(self) -> None:
@@ -378,9 +402,11 @@ class RedisStream(_Stream):
         return self._work(handler, count, block, burst)
 
     def close(self) -> None:
-        """Stop, and close the connection that reads."""
+        """Stop, and close the connections that are this object's own."""
         self.stop()
         self._reader.close()
+        if self._own:
+            self.redis.close()
 
     def process_in_thread(
         self, handler: Handler, count: int = 10, block: int = 1000, daemon: bool = True
@@ -424,12 +450,15 @@ class AsyncRedisStream(_Stream):
         stale_ms: int = STALE_MS,
     ) -> None:
         super().__init__(stream_name, maxlen, max_deliveries, stale_ms)
-        self._source = redis_client
+        self._own = redis_client is None
+        self._source = AsyncRedisClient() if redis_client is None else redis_client  # it connects once for all tasks
         self.redis = None
 
     async def _connect(self) -> None:
         if self.redis is None:
-            self._use(await async_client_of(self._source))
+            redis = await async_client_of(self._source)
+            if self.redis is None:  # subtle: asked again, for another task may have come first
+                self._use(redis)
 
     async def _sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -476,6 +505,8 @@ class AsyncRedisStream(_Stream):
         self.stop()
         if self.redis is not None:
             await self._reader.aclose()
+        if self._own:
+            await self._source.close()
 
     def process_in_task(self, handler: Handler, count: int = 10, block: int = 1000) -> "asyncio.Task[int]":
         """Run process_messages() in a new task, which ends after stop()."""
