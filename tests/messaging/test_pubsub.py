@@ -981,10 +981,10 @@ def test_subscribing_waits_for_a_handler_that_takes_long(
     make: Make, valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a handler runs nothing is sent, and that is no sign that the server is away."""
-    monkeypatch.setattr(pubsub, "CONFIRM_SECONDS", 0.3)
+    monkeypatch.setattr(pubsub, "CONFIRM_SECONDS", 1.5)
     heard: list[Any] = []
     talker = make(valkey)
-    talker.subscribe("slow", lambda message: (heard.append(message), time.sleep(1.5)))
+    talker.subscribe("slow", lambda message: (heard.append(message), time.sleep(3)))
     talker.run_in_thread()
     talker.publish("slow", 1)
     wait_until(lambda: heard == [1], "the handler runs")

@@ -26,5 +26,6 @@ if used >= rate then -- more than rate, where another caller gave a higher one
   return { 0, 0, leaving + period + 1 - now }
 end
 redis.call('LPUSH', KEYS[1], string.format('%.0f', now))
-redis.call('PEXPIRE', KEYS[1], math.ceil(period / 1000) + 1)
+-- subtle: not PEXPIRE, which counts from when the script began; on a busy machine that is long before TIME
+redis.call('PEXPIREAT', KEYS[1], string.format('%.0f', math.ceil((now + period) / 1000) + 1))
 return { 1, rate - used - 1, 0 }
