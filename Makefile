@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check stop clean
+.PHONY: help demo test check dashboard screenshots stop clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: .venv/ready  ## three tasks, an agent, and their streams, live in this terminal
 	@$(BIN)/python demo.py
@@ -16,6 +16,12 @@ test: .venv/ready  ## every test, on all cores
 
 check: .venv/ready  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+dashboard: .venv/ready  ## watch tasks in the browser
+	@$(BIN)/python dashboard.py
+
+screenshots: .venv/ready  ## make the pictures that README.md shows (needs Chromium)
+	@$(BIN)/python tests/dashboard/screenshots.py
 
 stop: .venv/ready  ## stop the embedded server (its data stay in .redis/)
 	@$(BIN)/python -m ailf.messaging.redis stop

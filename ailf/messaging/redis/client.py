@@ -189,6 +189,7 @@ def blocking_client(
     if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
         options.pop("connection_pool")
         return pool.sentinel_manager.master_for(pool.service_name, **options)
+    options |= _no_notices(library)
     return library.Redis.from_pool(library.ConnectionPool(connection_class=pool.connection_class, **options))
 
 

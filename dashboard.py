@@ -1,0 +1,75 @@
+"""Watch tasks live in the browser: a list of them, and each one's story as it happens.
+
+Usage:   python dashboard.py [--host 127.0.0.1] [--port 8000] [--allow-host NAME]
+Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server; $DASHBOARD_TOKEN where --host is not local
+Keys:    XREADs task_logs:<id>, one connection for all who watch; LPUSHes task_queue for the form
+See:     tutorial/part5.md
+"""
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from ailf.messaging.redis import connect, connect_async
+from dashboard.app import make_app
+from task_streams import TaskQueue
+from task_streams.cli import run
+
+PATIENCE_SECONDS = 2.0  # how long a request waits for a Redis that is away
+SHUTDOWN_SECONDS = 4  # for the watchers' streams to close; the rest is cut off
+
+
+def is_local(host: str) -> bool:
+    """Say whether only this machine can reach an address to listen on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; before it waits for connections to close, it ends the streams on them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for watcher in list(self.config.app.state.hub.all_watchers()):  # type: ignore[union-attr]
+            watcher.close()
+        await super().shutdown(sockets)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Watch tasks live in the browser.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
+    parser.add_argument(
+        "--allow-host", metavar="NAME", action="append", default=[], help="a name under which people reach it"
+    )
+    args = parser.parse_args(argv)
+    if not 0 < args.port < 65536:
+        parser.error(f"--port is a number from 1 to 65535, not {args.port}")
+    token = os.environ.get("DASHBOARD_TOKEN") or None
+    if not is_local(args.host) and token is None:
+        print(f"dashboard.py: set DASHBOARD_TOKEN to listen on {args.host}: others could reach it", file=sys.stderr)
+        return 1
+    hosts = frozenset(name.lower() for name in ("localhost", "127.0.0.1", "[::1]", args.host, *args.allow_host))
+    queue = TaskQueue(connect(), patience_seconds=PATIENCE_SECONDS)
+    try:
+        app = make_app(queue, connect_async, hosts, token)
+        config = uvicorn.Config(
+            app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
+        )
+        print(f"http://{args.host}:{args.port}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
+        # subtle: after a clean end uvicorn raises the signal again, for whoever had a handler before
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        Server(config).run()
+    finally:
+        queue.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

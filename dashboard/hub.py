@@ -1,0 +1,474 @@
+"""One reader of Redis for all the watchers of this process.
+
+    reader     XREAD BLOCK over just the streams that somebody watches, 1,000 a connection at most
+    watcher    an async iterator over the events of some tasks: history in pages, then what the reader brings
+
+A watcher joins within a round trip: CLIENT UNBLOCK ends the XREAD that runs, and the next one has its streams too. Each
+watcher has a cursor per task and a small buffer. Where the buffer is full, or Redis was away, it reads from its cursors
+again at its own pace, so that it neither loses an event nor slows another watcher. All of them share a few connections.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any
+from weakref import WeakSet
+
+from redis.asyncio import RedisCluster
+from redis.exceptions import ConnectionError as LostConnection
+from redis.exceptions import RedisClusterException, RedisError
+
+from ailf.messaging.redis import Client, blocking_client, is_transient, reason_of
+from task_streams import Event, keys
+from task_streams.log import order, seq_of
+from task_streams.retrying import delays
+
+BLOCK_MS = 5_000  # of one XREAD; whoever joins does not wait for its end
+STREAMS_PER_READER = 1_000  # more would make each XREAD slow
+POLL_SECONDS = 0.05  # between two reads in a cluster, where one command cannot read several slots
+PAGE = 500  # entries of history per XRANGE, and of each stream per XREAD
+BUFFER = 1_000  # events that may wait for a watcher before it reads at its own pace
+COMMANDS_AT_ONCE = 8  # of all watchers together; each takes a connection as long as it lasts
+NEW_TASKS_SECONDS = 0.5  # between two looks for new tasks, which also tell whether Redis answers
+OVERLAP_MS = 1_000  # by which two such looks overlap
+LOST_STREAMS_SECONDS = 10.0  # between two looks for watched streams that have expired, or begin anew
+
+logger = logging.getLogger(__name__)
+
+
+class Item:
+    """An event of a task on its way to watchers; what they share is computed once."""
+
+    __slots__ = ("event", "frame", "task_id")
+
+    def __init__(self, task_id: str, event: Event) -> None:
+        self.task_id, self.event = task_id, event
+        self.frame: bytes | None = None  # for whoever encodes it
+
+
+class Hub:
+    """Reads the watched streams of one Redis. Start it with `async with`; watch() gives watchers."""
+
+    def __init__(self, redis: Client) -> None:
+        self.given = redis
+        self.client = blocking_client(redis, 0)  # of its own, since one that is strict about UTF-8 stops at a bad entry
+        self.redis: Client = _Sparing(self)
+        self.is_up = True
+        self.watchers: dict[str, set[Watcher]] = {}  # task id -> who watches it
+        # subtle: weak, since nobody tells of a watcher that was never iterated over (HEAD, or a client that went)
+        self.everything: WeakSet[Watcher] = WeakSet()  # who watches every task
+        self.on_event: Callable[[str], None] | None = None  # called with the entry id of each that a reader brings
+        self._all: WeakSet[Watcher] = WeakSet()
+        self._readers: list[_Reader] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._known: set[str] = set()  # new tasks that the last look has found
+        self._put_at = 0.0  # when the newest of them was put (ms)
+
+    async def __aenter__(self) -> "Hub":
+        await self._look_around(self._find_new_tasks)  # before anybody asks: what is put after this is new
+        self.spawn(self._keep_looking(self._find_new_tasks, NEW_TASKS_SECONDS))
+        self.spawn(self._keep_looking(self._find_lost_streams, LOST_STREAMS_SECONDS))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for watcher in self.all_watchers():
+            watcher.close()
+        while self._tasks:  # subtle: again, since the wait_for of Python 3.11, in redis-py, may swallow a cancellation
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=0.1)
+        for reader in self._readers:
+            await reader.close()
+        await self.client.aclose()
+
+    def watch(self, cursors: dict[str, str], everything: bool = False) -> "Watcher":
+        """Return a watcher of the events after a cursor (entry id) of each task; with `everything` of new tasks too."""
+        return Watcher(self, cursors, everything)
+
+    async def history(self, task_id: str, until: str) -> AsyncIterator[Event]:
+        """Yield the events up to an entry id, "$" for all, in pages."""
+        last = (
+            "+" if until == "$" else until if "-" in until else f"{until}-0"
+        )  # subtle: XRANGE takes it as its last ms
+        cursor = "-"
+        while page := await self.redis.xrange(keys.stream(task_id), cursor, last, count=PAGE):
+            for entry in page:
+                yield Event.from_entry(*entry)
+            cursor = f"({page[-1][0]}"
+
+    def all_watchers(self) -> "WeakSet[Watcher]":
+        return self._all
+
+    # -- for watchers -------------------------------------------------------------------------------------------
+
+    def enter(self, watcher: "Watcher", everything: bool) -> None:
+        self._all.add(watcher)
+        if everything:
+            self.everything.add(watcher)
+
+    def forget(self, watcher: "Watcher") -> None:
+        self._all.discard(watcher)
+        self.everything.discard(watcher)
+
+    def join(self, watcher: "Watcher", task_id: str, last: str) -> None:
+        """Let the watcher have what is appended to a task's stream after its entry `last`."""
+        if task_id in self.watchers:
+            self.watchers[task_id].add(watcher)
+            return
+        self.watchers[task_id] = {watcher}
+        reader = next((one for one in self._readers if len(one.cursors) < STREAMS_PER_READER), None)
+        if reader is None:
+            reader = _Reader(self)
+            self._readers.append(reader)
+            self.spawn(reader.run())
+        reader.add(task_id, last)
+
+    def leave(self, watcher: "Watcher", task_id: str) -> None:
+        """Bring it nothing of this task any more; a stream that nobody watches is not read."""
+        those = self.watchers.get(task_id, set())
+        those.discard(watcher)
+        if not those:
+            self.watchers.pop(task_id, None)
+            for reader in self._readers:
+                reader.cursors.pop(task_id, None)
+
+    def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
+        """Run something beside, as long as the hub lives."""
+        task = asyncio.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- for readers --------------------------------------------------------------------------------------------
+
+    def bring(self, task_id: str, event: Event) -> None:
+        """Give an event to all who watch its task."""
+        if self.on_event is not None:
+            self.on_event(event.id)
+        item = Item(task_id, event)
+        for watcher in self.watchers.get(task_id, ()):
+            watcher.push(item)
+
+    def went(self, error: Exception) -> None:
+        """Note that Redis is away, and tell the watchers."""
+        if self.is_up:
+            logger.warning("lost Redis (%s); waiting for it", reason_of(error))
+            self.is_up = False
+            self._tell_all()
+
+    def came(self) -> None:
+        """Note that Redis is back: every watcher reads again from its cursors."""
+        if not self.is_up:
+            logger.warning("Redis is back")
+            self.is_up = True
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        for watcher in self._all:
+            watcher.tell(self.is_up)
+
+    # -- looking around -----------------------------------------------------------------------------------------
+
+    async def _keep_looking(self, look: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
+        wait = delays()
+        while True:
+            await asyncio.sleep(seconds if self.is_up else next(wait))
+            await self._look_around(look)
+            if self.is_up:
+                wait = delays()
+
+    async def _look_around(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await look()
+        except (RedisError, RedisClusterException) as error:
+            if not may_pass(error):
+                logger.exception("cannot look around; trying again")
+            self.went(error)
+        else:
+            self.came()
+
+    async def _find_new_tasks(self) -> None:
+        """Let those who watch everything have each task that was put since the last look."""
+        since = self._put_at - OVERLAP_MS if self._put_at else "-inf"
+        found = await self.client.zrange(keys.RECENT, since, "+inf", byscore=True, withscores=True)
+        for task_id, _ in found if self._put_at else ():
+            if task_id not in self._known:
+                for watcher in self.everything:
+                    watcher.offer(task_id)
+        self._known = {task_id for task_id, _ in found}
+        self._put_at = found[-1][1] if found else 1.0
+
+    async def _find_lost_streams(self) -> None:
+        """Let those read again whose stream has expired with its end unread, or whose entries have gone."""
+        cursors = {task_id: cursor for reader in self._readers for task_id, cursor in reader.cursors.items()}
+        task_ids = list(cursors)
+        for some in (task_ids[at : at + PAGE] for at in range(0, len(task_ids), PAGE)):
+            async with self.client.pipeline(transaction=False) as pipe:
+                for task_id in some:
+                    pipe.xrevrange(keys.stream(task_id), count=1)
+                    pipe.hget(keys.record(task_id), "status")
+                replies = await pipe.execute()
+            for task_id, newest, status in zip(some, replies[::2], replies[1::2], strict=True):
+                last = newest[0][0] if newest else "0-0"
+                if order(last) < order(cursors[task_id]) or (not newest and status in keys.TERMINAL):
+                    for reader in self._readers:
+                        if task_id in reader.cursors:
+                            reader.add(task_id, last)
+                    for watcher in self.watchers.get(task_id, ()):
+                        watcher.read_again(task_id)
+
+
+class _Sparing:
+    """A client whose commands wait for each other beyond COMMANDS_AT_ONCE, and fail at once while Redis is away.
+
+    redis-py makes a connection for each command that runs, and a pool refuses the 101st.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub, self._room = hub, asyncio.Semaphore(COMMANDS_AT_ONCE)
+
+    def __getattr__(self, name: str) -> Any:
+        command = getattr(self._hub.client, name)
+
+        async def call(*args: Any, **options: Any) -> Any:
+            async with self._room:
+                if not self._hub.is_up:
+                    raise LostConnection("Redis is away")
+                return await command(*args, **options)
+
+        return call
+
+
+class _Reader:
+    """One connection that reads up to STREAMS_PER_READER streams."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.cursors: dict[str, str] = {}  # task id -> entry id after which it reads
+        self._blocking = blocking_client(hub.given, BLOCK_MS / 1000)
+        self._is_cluster = isinstance(hub.given, RedisCluster)
+        self._wanted = self._reading = 0  # how often streams were added; how many of these the XREAD under way knows
+        self._added = asyncio.Event()
+        self._is_unblocking = False
+        self._client_id: int | None = None
+
+    async def close(self) -> None:
+        """Close the connection; run() has been cancelled."""
+        await self._blocking.aclose()
+
+    def add(self, task_id: str, cursor: str) -> None:
+        """Read this stream too, at once."""
+        self.cursors[task_id] = cursor
+        self._wanted += 1
+        self._added.set()
+        if not self._is_cluster and not self._is_unblocking:
+            self._is_unblocking = True
+            self.hub.spawn(self._unblock())
+
+    async def _unblock(self) -> None:
+        """End the XREAD under way, if it does not know the latest stream; again if it had not begun to block."""
+        while self._reading < self._wanted and self._client_id is not None:
+            with contextlib.suppress(RedisError):  # then the XREAD has failed as well, and the next one knows
+                await self.hub.client.client_unblock(self._client_id)
+            await asyncio.sleep(0.005)
+        self._is_unblocking = False
+
+    async def run(self) -> None:
+        wait = delays()
+        while True:
+            try:
+                async with aclosing(self._polled() if self._is_cluster else self._blocked()) as replies:
+                    async for reply in replies:
+                        wait = delays()
+                        self.hub.came()
+                        self._bring(reply)
+            except Exception as error:  # the boundary of this task: whatever it is, all these watchers depend on it
+                if not may_pass(error):
+                    logger.exception("cannot read the streams; trying again")
+                self.hub.went(error)
+                await asyncio.sleep(next(wait))
+
+    async def _until_watched(self) -> None:
+        while not self.cursors:
+            self._added.clear()
+            await self._added.wait()
+
+    async def _blocked(self) -> AsyncGenerator[list[Any]]:
+        """Yield the replies of one XREAD BLOCK after the other, on one connection, whose id is known."""
+        async with self._blocking.client() as connection:
+            try:
+                self._client_id = await connection.client_id()
+                while True:
+                    await self._until_watched()
+                    streams = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
+                    self._reading = self._wanted
+                    yield await connection.xread(streams, count=PAGE, block=BLOCK_MS)
+            finally:
+                self._client_id = None
+
+    async def _polled(self) -> AsyncGenerator[list[Any]]:
+        """Yield what a pipeline of an XREAD for each stream brings; a cluster's client splits it by nodes."""
+        while True:
+            await self._until_watched()
+            async with self._blocking.pipeline() as pipe:
+                for task_id, cursor in self.cursors.items():
+                    pipe.xread({keys.stream(task_id): cursor}, count=PAGE)
+                replies = await pipe.execute()
+            found = [pair for reply in replies for pair in reply or []]
+            yield found
+            if not found:
+                await asyncio.sleep(POLL_SECONDS)
+
+    def _bring(self, reply: list[Any]) -> None:
+        for stream, entries in reply:
+            task_id = stream.removeprefix(keys.stream(""))
+            for entry_id, fields in entries:
+                if task_id in self.cursors:  # somebody watches it still
+                    self.cursors[task_id] = entry_id
+                    self.hub.bring(task_id, Event.from_entry(entry_id, fields))
+
+
+class Watcher:
+    """An async iterator over Item, or over True and False when Redis comes back and goes. Ends when all tasks have.
+
+    `cursors` maps each task that has not ended to the last entry id that was yielded: from there a new watcher goes on.
+    """
+
+    def __init__(self, hub: Hub, cursors: dict[str, str], everything: bool) -> None:
+        self.hub = hub
+        self.cursors = dict(cursors)
+        self._named = frozenset(cursors)
+        self._from_now = [task_id for task_id, cursor in cursors.items() if cursor == "$"]
+        self._seqs: dict[str, int | None] = {}
+        self._joined: set[str] = set()
+        self._behind = dict.fromkeys(cursors)  # tasks whose stream must be read from the cursor on, in order of coming
+        self._queue: deque[Item] = deque()
+        self._notices: deque[bool] = deque([] if hub.is_up else [False], maxlen=2)
+        self._wake = asyncio.Event()
+        self._closed = False
+        hub.enter(self, everything)
+
+    def offer(self, task_id: str) -> None:
+        """Watch a task that was put just now, from its start, unless it is one of those named at first."""
+        if task_id not in self._named and task_id not in self.cursors:
+            self.cursors[task_id] = "0"
+            self.read_again(task_id)
+
+    def push(self, item: Item) -> None:
+        """Take an event from a reader; where there is no room for it, read it later."""
+        if item.task_id in self._behind:
+            return
+        if len(self._queue) < BUFFER:
+            self._queue.append(item)
+        else:  # subtle: all of the buffer is read later too, or it would still be full when this one has been read
+            self._behind.update((queued.task_id, None) for queued in self._queue if queued.task_id in self.cursors)
+            self._behind[item.task_id] = None
+            self._queue.clear()
+        self._wake.set()
+
+    def read_again(self, task_id: str) -> None:
+        """Read a task's stream from the cursor on."""
+        self._behind[task_id] = None
+        self._wake.set()
+
+    def tell(self, is_up: bool) -> None:
+        """Pass on that Redis went or came; after that nothing that it brought is taken for complete."""
+        self._notices.append(is_up)
+        self._behind.update(dict.fromkeys(self.cursors))
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the iteration, as when the server stops."""
+        self._closed = True
+        self._wake.set()
+
+    async def __aiter__(self) -> AsyncIterator[Item | bool]:
+        try:
+            while not self._closed and (self.cursors or self in self.hub.everything):
+                self._wake.clear()
+                if self._notices:
+                    yield self._notices.popleft()
+                elif self._behind and self.hub.is_up:
+                    async for item in self._catch_up(next(iter(self._behind))):
+                        yield item
+                        await asyncio.sleep(
+                            0
+                        )  # subtle: sending never waits where a socket has room, or is lost: let others run
+                elif self._queue:
+                    for item in self._take(self._queue.popleft()):
+                        yield item
+                        await asyncio.sleep(0)  # as above
+                else:
+                    await self._wake.wait()
+        finally:
+            self.hub.forget(self)
+            for task_id in list(self.cursors):
+                self._leave(task_id)
+
+    async def _catch_up(self, task_id: str) -> AsyncIterator[Item]:
+        """Yield what a stream holds after the cursor, in pages; join the reader first, so that nothing is missed."""
+        redis, stream = self.hub.redis, keys.stream(task_id)
+        try:
+            while self._from_now:  # before anything is yielded: who goes on from these cursors later must not miss any
+                newest = await redis.xrevrange(keys.stream(self._from_now[-1]), count=1)
+                self.cursors[self._from_now.pop()] = newest[0][0] if newest else "0-0"
+            newest = await redis.xrevrange(stream, count=1)
+            last = newest[0][0] if newest else "0-0"
+            cursor = self.cursors[task_id]
+            if not newest and await redis.hget(keys.record(task_id), "status") in keys.TERMINAL:
+                self._leave(task_id)  # it ended long ago, and its stream has expired
+                return
+            if order(cursor) > order(last):
+                yield Item(task_id, Event(cursor, "reset", {"cursor": cursor, "last": last}))
+                cursor = "0"
+            self.cursors[task_id], self._seqs[task_id] = cursor, seq_of(cursor)
+            has_ended = bool(newest) and newest[0][1].get("event") in keys.TERMINAL
+            if has_ended and cursor == last:
+                self._leave(task_id)
+                return
+            if task_id not in self._joined and not has_ended:
+                self._joined.add(task_id)
+                self.hub.join(self, task_id, last)
+            self._behind.pop(task_id, None)
+            while task_id in self.cursors and not self._closed:
+                page = await redis.xrange(stream, f"({self.cursors[task_id]}", "+", count=PAGE)
+                for entry in page:
+                    for item in self._take(Item(task_id, Event.from_entry(*entry))):
+                        yield item
+                if len(page) < PAGE:
+                    break
+        except (RedisError, RedisClusterException) as error:
+            if not may_pass(error):
+                raise
+            if task_id in self.cursors:
+                self._behind[task_id] = None
+            self.hub.went(error)  # who finds that it is back will tell
+
+    def _take(self, item: Item) -> Iterator[Item]:
+        """Yield an event that comes next, after a `gap` where some were trimmed; nothing if it came before."""
+        task_id, event = item.task_id, item.event
+        if task_id not in self.cursors or order(event.id) <= order(self.cursors[task_id]):
+            return
+        seq, before = event.fields.get("seq"), self._seqs[task_id]
+        if isinstance(seq, int):
+            if before is not None and seq > before + 1:
+                yield Item(task_id, Event(self.cursors[task_id], "gap", {"missed": seq - before - 1}))
+            self._seqs[task_id] = seq
+        self.cursors[task_id] = event.id  # subtle: not before the gap is out: who goes on from there has not this event
+        if event.is_terminal:
+            self._leave(task_id)
+        yield item
+
+    def _leave(self, task_id: str) -> None:
+        self.cursors.pop(task_id, None)
+        self._seqs.pop(task_id, None)
+        self._behind.pop(task_id, None)
+        self._joined.discard(task_id)
+        self.hub.leave(self, task_id)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Say whether an error may go away by itself, also where no node of a cluster can be reached."""
+    return isinstance(error, RedisClusterException) or is_transient(error)

@@ -1,0 +1,114 @@
+"""Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html): items of the hub as frames."""
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from ag_ui.core import BaseEvent
+
+from task_streams.log import check_cursor, order
+from task_streams.queue import check_id
+
+from .ag_ui import Mapper
+from .hub import Hub, Item
+from .problems import dumps
+
+RETRY_MS = 1000  # how long a browser waits before it connects again
+PING_SECONDS = 15  # between two comments, so that proxies keep an idle connection
+MAX_CURSOR_TASKS = 100  # tasks whose cursors fit into one id
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def frame(data: Mapping[str, Any], event: str, entry_id: str | None = None) -> bytes:
+    """Return one event. frame({"n": 1}, "progress", "17-1") -> b'id: 17-1\\nevent: progress\\ndata: {"n": 1}\\n\\n'"""
+    name = event if _NAME.fullmatch(event) else "message"  # an entry that somebody added by hand may say anything
+    head = "" if entry_id is None else f"id: {entry_id}\n"
+    return f"{head}event: {name}\ndata: {dumps(data)}\n\n".encode()
+
+
+def frame_of(item: Item) -> bytes:
+    """Return an item's event, made once for all who watch it."""
+    if item.frame is None:
+        event = item.event
+        entry_id = None if event.name == "reset" else event.id
+        item.frame = frame(data_of(item), event.name, entry_id)
+    return item.frame
+
+
+def data_of(item: Item) -> dict[str, Any]:
+    """Return what an item's event says; a field that a handler called `task` or `id` does not pass for ours."""
+    ours = {"task": item.task_id, "id": item.event.id, "event": item.event.name}
+    return {**ours, **item.event.fields, **ours}
+
+
+# subtle: each makes its watcher when the first frame is asked for. A HEAD, and a client that has gone by then, ask for
+# none, and a watcher that nobody iterates would stay for ever.
+
+
+async def frames_of_task(hub: Hub, task_id: str, cursor: str) -> AsyncIterator[bytes]:
+    """Yield the frames of one task: the id is the stream's entry id."""
+    yield f"retry: {RETRY_MS}\n\n".encode()
+    async for item in hub.watch({task_id: cursor}):
+        yield frame_of(item) if isinstance(item, Item) else frame_of_redis(item)
+
+
+async def frames_of_ag_ui(hub: Hub, task_id: str, cursor: str) -> AsyncIterator[bytes]:
+    """Yield one task's events in the AG-UI protocol (dashboard/ag_ui.py), which needs those up to the cursor, too.
+
+    One entry becomes several frames, and only the last has its id: whoever resumes gets an entry whole or not at all.
+    """
+    mapper = Mapper(task_id)
+    async for event in hub.history(task_id, cursor):
+        mapper.events(event)
+    yield f"retry: {RETRY_MS}\n\n".encode() + _ag_ui(mapper.prelude(), None)
+    async for item in hub.watch({task_id: cursor}):
+        if isinstance(item, Item):
+            entry_id = None if item.event.name == "reset" else item.event.id
+            yield _ag_ui(mapper.events(item.event), entry_id)
+
+
+def _ag_ui(events: list[BaseEvent], entry_id: str | None) -> bytes:
+    frames = [f"data: {event.model_dump_json(by_alias=True, exclude_none=True)}\n\n" for event in events]
+    if frames and entry_id is not None:
+        frames[-1] = f"id: {entry_id}\n{frames[-1]}"
+    return "".join(frames).encode()
+
+
+async def frames_of_tasks(hub: Hub, cursors: dict[str, str], everything: bool = False) -> AsyncIterator[bytes]:
+    """Yield the frames of several tasks: the id holds a cursor for each of them that has not ended."""
+    watcher = hub.watch(cursors, everything)
+    yield f"retry: {RETRY_MS}\n\n".encode()
+    async for item in watcher:
+        if not isinstance(item, Item):
+            yield frame_of_redis(item)
+            continue
+        # subtle: the item's own id last. While a `gap` is sent, the watcher's cursor is past the event that follows it.
+        cursors = {**watcher.cursors, item.task_id: item.event.id}
+        yield frame(data_of(item), item.event.name, join_cursors(cursors))
+
+
+def frame_of_redis(is_up: bool) -> bytes:
+    return frame({"redis": "up" if is_up else "down"}, "redis")
+
+
+def join_cursors(cursors: Mapping[str, str]) -> str | None:
+    """Return cursors as one event id, None where there are too many. join_cursors({"7": "17-1"}) -> '7=17-1'"""
+    if len(cursors) > MAX_CURSOR_TASKS:
+        return None
+    return ",".join(f"{task_id}={cursor}" for task_id, cursor in cursors.items())
+
+
+def split_cursors(text: str) -> dict[str, str]:
+    """Return the cursors in an event id of several tasks. Raises ValueError where it is none."""
+    pairs = [pair.rpartition("=") for pair in text.split(",")] if text else []
+    if len(pairs) > MAX_CURSOR_TASKS:
+        raise ValueError(f"an event id of more than {MAX_CURSOR_TASKS} tasks")
+    return {check_id(task_id): cursor_of(cursor) for task_id, _, cursor in pairs}
+
+
+def cursor_of(text: str) -> str:
+    """Return an entry id as Redis writes it, and "$" as it is. Raises ValueError. cursor_of("017") -> '17-0'"""
+    if check_cursor(text) == "$":
+        return text
+    ms, seq = order(text)
+    return f"{ms}-{seq}"

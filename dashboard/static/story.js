@@ -1,0 +1,246 @@
+// From a task's entries to the story that a person reads: one block a thought, an answer of the LLM, a tool call.
+//
+// Several entries can make one block: an LLM's words and its response, a tool's start and its end. Each entry still has one
+// element of its own with data-entry="<entry id>": the block itself for the first, a mark inside of it for the others.
+
+import { asText, clock, count, duration, element, longText, moment, offset, percentOf, setText } from "./common.js";
+
+const STREAMING_CHARS = 4_000; // of an answer that still grows: its end is shown, and all of it when it is complete
+const WORD = /_/g;
+
+export class Story {
+  constructor(root) {
+    this.root = root;
+    this.clear();
+  }
+
+  clear() {
+    this.root.replaceChildren();
+    this.section = null; // of the attempt that is being told
+    this.attempt = undefined;
+    this.startedAt = NaN; // ms, of the attempt
+    this.words = null; // the block of an answer that still grows
+    this.tools = new Map(); // call -> its block
+    this.last = null; // the last block
+    this.lastError = undefined;
+  }
+
+  /** Tell one entry. `at` is its time in ms, NaN where it has none. */
+  add(name, entry, at) {
+    const attempt = entry.attempt ?? this.attempt; // an entry that somebody added by hand may have none
+    if (attempt !== this.attempt || this.section === null) this.#begin(attempt, at);
+    if (!["llm_delta", "llm_response"].includes(name)) this.#closeWords();
+    const tell = TELL[name] ?? tellOther;
+    tell(this, entry, at, name);
+  }
+
+  /** Tell what no entry says: a gap or a reset. */
+  notice(name, text) {
+    if (this.section === null) this.#section();
+    this.#closeWords();
+    this.append(element("div", { class: "block notice", "data-event": name }, element("p", {}, text)));
+  }
+
+  /** Append a block of its own for an entry, with its time on the left. Returns what is inside. */
+  block(name, entry, at, ...content) {
+    const body = element("div", { class: "body" }, ...content);
+    const since = Number.isFinite(at - this.startedAt) ? offset(at - this.startedAt) : "";
+    const time = element("time", { class: "at", title: Number.isFinite(at) ? moment(at) : "" }, since);
+    const properties = { class: `block ${name}`, "data-event": name, "data-entry": entry.id, id: anchorOf(entry.id) };
+    this.append(element("div", properties, time, body));
+    return body;
+  }
+
+  append(block) {
+    this.section.append(block);
+    this.last = block;
+  }
+
+  /** Leave a mark for an entry that another entry's block tells. */
+  mark(block, entry) {
+    block.append(element("span", { hidden: true, "data-entry": entry.id }));
+  }
+
+  #section(title = null) {
+    this.section = element("section", { class: "attempt" }, title);
+    this.root.append(this.section);
+  }
+
+  #begin(attempt, at) {
+    this.#closeWords();
+    this.attempt = attempt;
+    this.startedAt = at;
+    this.tools.clear(); // what the last attempt left unfinished stays as it is
+    const name = typeof attempt === "number" && attempt > 0 ? `Attempt ${attempt}` : "Entries";
+    const when = Number.isFinite(at) ? element("time", { class: "muted", title: moment(at) }, clock(at)) : null;
+    this.#section(element("h2", {}, name, " ", when));
+    this.section.dataset.attempt = asText(attempt);
+  }
+
+  #closeWords() {
+    this.words?.block.classList.remove("growing");
+    this.words = null;
+  }
+}
+
+/** The id of an entry's block, for links: "1700000000000-7" -> "e-1700000000000-7". */
+export const anchorOf = (entryId) => `e-${entryId}`;
+
+export const callOf = (entry) => JSON.stringify([entry.attempt, entry.call_id]);
+
+export const toolOf = ({ tool, action }) => (action === undefined ? asText(tool) : `${asText(tool)}.${asText(action)}`);
+
+const label = (...parts) => element("p", { class: "label" }, ...parts);
+const inWords = (name) => asText(name).replace(WORD, " ");
+
+// -- how each event is told -----------------------------------------------------------------------------------
+
+const TELL = {
+  started(story, entry, at) {
+    if (!Number.isNaN(at)) story.startedAt = at;
+    story.block("started", entry, at, label("started by worker ", element("code", {}, asText(entry.worker))));
+  },
+
+  processing: (story, entry, at) => story.block("processing", entry, at, longText(asText(entry.step))),
+
+  chain_of_thought(story, entry, at) {
+    const said = entry.thought ?? entry.prompt;
+    story.block("chain_of_thought", entry, at, label(inWords(entry.step)), longText(asText(said, true), "prose"));
+  },
+
+  llm_delta(story, entry, at) {
+    if (story.words === null) {
+      const text = document.createTextNode("");
+      const before = element("span", { class: "muted" });
+      const name = label("LLM");
+      const shown = element("div", { class: "text data" }, before, text);
+      const body = story.block("llm_response", entry, at, name, shown);
+      const block = body.parentNode;
+      block.classList.add("growing");
+      story.words = { block, body, name, shown, text, before, all: "", cut: 0, from: at };
+    } else {
+      story.mark(story.words.block, entry);
+    }
+    const words = story.words;
+    words.all += asText(entry.text);
+    words.text.appendData(asText(entry.text));
+    if (words.text.length > 2 * STREAMING_CHARS) {
+      words.cut += words.text.length - STREAMING_CHARS;
+      words.text.deleteData(0, words.text.length - STREAMING_CHARS);
+      words.before.textContent = `(${words.cut.toLocaleString("en")} characters before) … `;
+    }
+  },
+
+  llm_response(story, entry, at) {
+    const words = story.words;
+    const name = label("LLM ", element("code", {}, asText(entry.model)));
+    const answer = longText(asText(entry.response, true), "data");
+    if (words === null) {
+      story.block("llm_response", entry, at, name, answer);
+      return;
+    }
+    if (Number.isFinite(at - words.from)) name.append(` · ${duration(at - words.from)}`);
+    story.mark(words.block, entry);
+    words.body.replaceChildren(name, answer); // what it says in the end is what counts
+    words.block.classList.remove("growing");
+    story.words = null;
+  },
+
+  tool_usage(story, entry, at) {
+    const call = callOf(entry);
+    let card = entry.status === "started" ? undefined : story.tools.get(call);
+    if (card === undefined) {
+      card = newCard(story, entry, at);
+      story.tools.set(call, card);
+    } else {
+      story.mark(card.block, entry);
+    }
+    if (entry.arguments !== undefined) card.inside.append(named("arguments", entry.arguments));
+    const outcome = entry.status === "failed" ? "error" : "result";
+    if (entry.result !== undefined) card.inside.append(named(outcome, entry.result));
+    card.block.dataset.status = asText(entry.status);
+    setText(card.status, entry.status === "started" ? "running" : asText(entry.status));
+    setText(card.took, duration(entry.duration_ms));
+    if (entry.status !== "started") story.tools.delete(call);
+  },
+
+  progress(story, entry, at) {
+    const percent = percentOf(entry.percent);
+    const text = percent === null ? asText(entry.percent) : `${Math.round(percent)} %`;
+    if (story.last?.dataset.tool === asText(entry.step) && story.last.dataset.status !== "started") {
+      story.mark(story.last, entry);
+      story.last.querySelector(".percent").textContent = text;
+      return;
+    }
+    story.block("progress", entry, at, label(text, " ", asText(entry.step)));
+  },
+
+  rate_limited(story, entry, at) {
+    const wait = typeof entry.wait_ms === "number" ? duration(entry.wait_ms) : asText(entry.wait_ms);
+    story.block("rate_limited", entry, at, label(`waits ${wait} for its turn: no more than ${asText(entry.limit)}`));
+  },
+
+  error(story, entry, at) {
+    const next = entry.will_retry ? "error, to be tried again" : "error";
+    const type = entry.error_type === undefined ? "" : `${asText(entry.error_type)}: `;
+    story.lastError = entry.error;
+    story.block("error", entry, at, label(next), longText(type + asText(entry.error, true), "data"));
+  },
+
+  worker_lost(story, entry, at) {
+    const worker = element("code", {}, asText(entry.worker));
+    const end = " was lost: nothing was heard of it any more. Another takes over.";
+    story.block("worker_lost", entry, at, label("Worker ", worker, end));
+  },
+
+  completed(story, entry, at) {
+    const result = entry.result;
+    const summary = result !== null && typeof result === "object" ? result.summary : result;
+    const said = typeof summary === "string" ? longText(summary, "prose") : null;
+    const body = story.block("completed", entry, at, ending("Completed", "in", entry.duration_ms), said);
+    if (said === null || result !== summary) body.append(named("result", result));
+  },
+
+  failed(story, entry, at) {
+    const attempts = typeof entry.attempts === "number" ? ` after ${count(entry.attempts, "attempt")}` : "";
+    const body = story.block("failed", entry, at, element("h3", {}, `Failed${attempts}`));
+    if (entry.error === story.lastError) return; // it stands just above
+    body.append(longText(asText(entry.error, true), "data"));
+  },
+
+  cancelled(story, entry, at) {
+    story.block("cancelled", entry, at, element("h3", {}, "Cancelled"), longText(asText(entry.reason)));
+  },
+};
+
+const EVERY_ENTRY = new Set(["task", "id", "event", "timestamp", "attempt", "seq"]);
+
+/** Tell an event with a name of its own. */
+function tellOther(story, entry, at, name) {
+  const fields = Object.entries(entry).filter(([field]) => !EVERY_ENTRY.has(field));
+  const values = fields.map(([field, value]) => named(field, value));
+  story.block("other", entry, at, label(inWords(name)), ...values);
+}
+
+function ending(word, preposition, ms) {
+  const took = duration(ms);
+  return element("h3", {}, took ? `${word} ${preposition} ${took}` : word);
+}
+
+function newCard(story, entry, at) {
+  const status = element("span", { class: "status" });
+  const took = element("span", { class: "took" });
+  const percent = element("span", { class: "percent muted" });
+  const inside = element("div", { class: "inside" });
+  const tool = toolOf(entry);
+  const head = element("p", { class: "head" }, element("code", { class: "tool" }, tool || "tool"), status, took, percent);
+  const block = story.block("tool_usage", entry, at, element("div", { class: "card" }, head, inside)).parentNode;
+  block.dataset.tool = tool;
+  return { block, status, took, inside };
+}
+
+/** A name and a value. */
+function named(name, value) {
+  const shown = longText(asText(value, true), "data");
+  return element("div", { class: "named" }, element("span", { class: "name" }, name), shown);
+}

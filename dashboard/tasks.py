@@ -1,0 +1,205 @@
+"""What the pages and the API say about tasks: lists, single tasks, workers; and what they ask for: put, cancel, retry.
+
+Plain blocking code on TaskQueue, which dashboard/app.py calls in threads. A list needs the status of the last 10,000
+tasks; it is read at most every half second, whoever asks.
+"""
+
+import hashlib
+import threading
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+from task_streams import NoSuchTask, TaskLog, TaskQueue, keys
+from task_streams.queue import Malformed, parse_element
+from task_streams.worker import WORKER_NAME, cancel_task
+
+SNAPSHOT_SECONDS = 0.5  # how old a list may be
+LISTED = 200  # of the next elements, whose place in the queue is told
+MOST_RUNNING = 1_000  # running tasks whose worker is looked up
+PROGRESS_WITHIN = 20  # of a stream's last entries, among which the last progress is looked for
+STATES = {
+    "waiting": ("waiting", "retrying"),
+    "running": ("running",),
+    "done": ("completed", "cancelled"),
+    "failed": ("failed",),
+}
+SAMPLES = Path(__file__).resolve().parents[1] / "sample_data"
+
+
+T = TypeVar("T")
+
+
+class Conflict(Exception):
+    """The task is not in a state in which that can be done; the message says why."""
+
+
+class Tasks:
+    """A view of the queue. Thread-safe. redis-py's errors pass."""
+
+    def __init__(self, queue: TaskQueue) -> None:
+        self.queue = queue
+        self._lock = threading.Lock()
+        self._statuses: dict[str, str] = {}  # id -> status, the newest first
+        self._read_at = -SNAPSHOT_SECONDS
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def statuses(self) -> dict[str, str]:
+        """Return the status of the last 10,000 tasks, the newest first."""
+        # With a timeout: while Redis is silent, those who wait here must not try it one after the other.
+        if self._lock.acquire(timeout=SNAPSHOT_SECONDS):
+            try:
+                if time.monotonic() - self._read_at > SNAPSHOT_SECONDS:
+                    self._statuses = self._read_statuses()
+                    self._read_at = time.monotonic()
+            finally:
+                self._lock.release()
+        return self._statuses
+
+    def _read_statuses(self) -> dict[str, str]:
+        recent = self.queue.redis.zrange(keys.RECENT, 0, -1, withscores=True)
+        # of tasks that were put in the same millisecond, 10 is newer than 9
+        recent.sort(key=lambda pair: (pair[1], len(pair[0]), pair[0]), reverse=True)
+        found = self._records([task_id for task_id, _ in recent], "status")
+        return {task_id: record["status"] for task_id, record in found.items() if record["status"]}
+
+    def page(self, state: str | None, query: str, before: str | None, limit: int) -> dict[str, Any]:
+        """Return one page of the list, the newest first, with counts and workers. Raises NoSuchTask for `before`."""
+        statuses = self.statuses()
+        wanted = STATES[state] if state else tuple(status for group in STATES.values() for status in group)
+        ids = [task_id for task_id, status in statuses.items() if status in wanted and task_id.startswith(query)]
+        if before is not None:
+            order = list(statuses)
+            if before not in statuses:
+                raise NoSuchTask(f"no task {before} in the list")
+            newer = set(order[: order.index(before) + 1])
+            ids = [task_id for task_id in ids if task_id not in newer]
+        shown = ids[:limit]
+        listed = self._listed() if any(statuses[task_id] == "waiting" for task_id in shown) else {}
+        records = {task_id: record for task_id, record in self._records(shown).items() if "status" in record}
+        running = [task_id for task_id, status in statuses.items() if status == "running"][:MOST_RUNNING]
+        return {
+            "tasks": [self._describe(task_id, record, listed) for task_id, record in records.items()],
+            "next": shown[-1] if len(ids) > limit else None,
+            "counts": {name: sum(status in group for status in statuses.values()) for name, group in STATES.items()},
+            "queue_length": self.queue.redis.llen(keys.QUEUE),
+            "workers": self.workers(running),
+        }
+
+    def get(self, task_id: str) -> dict[str, Any]:
+        """Return all that is known of one task, its result too. Raises NoSuchTask."""
+        record = self.queue.redis.hgetall(keys.record(task_id))
+        if "status" not in record:
+            if self.queue.is_listed(task_id):  # pushed by hand, and not claimed yet
+                return {**self._describe(task_id, {"status": "waiting"}, self._listed()), "result": None}
+            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
+        task = self._describe(task_id, record, self._listed() if record["status"] == "waiting" else {})
+        return {**task, "result": _decoded(record).get("result")}
+
+    def workers(self, running: list[str]) -> list[dict[str, Any]]:
+        """Return the workers that are connected, by their connections' names, and what each works on."""
+        clients = self.queue.redis.client_list()
+        names = {one["name"].removeprefix(WORKER_NAME) for one in clients if one["name"].startswith(WORKER_NAME)}
+        tasks: dict[str, list[str]] = {name: [] for name in sorted(names)}
+        for task_id, record in self._records(running, "worker").items():
+            tasks.setdefault(record["worker"] or "?", []).append(task_id)
+        return [{"name": name, "alive": name in names, "tasks": ids} for name, ids in tasks.items()]
+
+    def _records(self, ids: list[str], *fields: str) -> dict[str, dict[str, Any]]:
+        """Return the records of tasks, or some of their fields, in one round trip."""
+        with self.queue.redis.pipeline(transaction=False) as pipe:
+            for task_id in ids:
+                pipe.hmget(keys.record(task_id), *fields) if fields else pipe.hgetall(keys.record(task_id))
+            replies = pipe.execute()
+        if fields:
+            replies = [dict(zip(fields, reply, strict=True)) for reply in replies]
+        return dict(zip(ids, replies, strict=True))
+
+    def _listed(self) -> dict[str, int]:
+        """Return how many are ahead of each of the next tasks in the queue."""
+        places: dict[str, int] = {}
+        for place, element in enumerate(reversed(self.queue.next_elements(LISTED))):
+            try:
+                places.setdefault(parse_element(element).id, place)
+            except Malformed:
+                continue  # whoever pops it will say so
+        return places
+
+    def _describe(self, task_id: str, record: dict[str, Any], listed: dict[str, int]) -> dict[str, Any]:
+        values = _decoded(record)
+        data = values.get("data")
+        kind = data.get("type") if isinstance(data, dict) else None
+        status = values["status"]
+        percent, step = self._progress(task_id) if status == "running" else (None, None)
+        return {
+            "id": task_id,
+            "state": "waiting" if status == "retrying" else status,
+            "status": status,
+            "type": kind if isinstance(kind, str) else None,
+            "data": data,
+            "attempts": values.get("attempts", 0),
+            "failures": values.get("failures", 0),
+            "worker": values.get("worker") if status == "running" else None,
+            "put_at": values.get("put_at"),
+            "started_at": values.get("started_at"),
+            "finished_at": values.get("finished_at"),
+            "ahead": listed.get(task_id) if status == "waiting" else None,
+            "cancel": values.get("cancel"),
+            "percent": percent,
+            "step": step,
+        }
+
+    def _progress(self, task_id: str) -> tuple[float | None, str | None]:
+        for event in TaskLog(task_id, self.queue.redis).newest(PROGRESS_WITHIN):
+            percent, step = event.fields.get("percent"), event.fields.get("step")
+            if event.name == "progress" and isinstance(percent, int | float):
+                return max(0, min(100, percent)), step if isinstance(step, str) else None
+        return None, None
+
+    # -- asking -------------------------------------------------------------------------------------------------
+
+    def put(self, data: dict[str, Any], key: str | None) -> tuple[dict[str, Any], bool]:
+        """Put a task; return it, and whether it is new. The same idempotency key gives the same task; Conflict if that
+        was put with other data."""
+        if key is None:
+            return self.get(self._after(self.queue.put(data)).id), True
+        task_id = f"key-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        known = self.queue.get(task_id) is not None
+        task = self._after(self.queue.put(data, id=task_id))
+        if task.data != data:
+            raise Conflict("that Idempotency-Key was used for another task")
+        return self.get(task_id), not known
+
+    def cancel(self, task_id: str, reason: str) -> str:
+        """Return "cancelled" or "requested". Raises NoSuchTask; Conflict where the task has ended."""
+        try:
+            return self._after(cancel_task(self.queue, task_id, reason))
+        except ValueError as error:
+            raise Conflict(str(error)) from error
+
+    def retry(self, task_id: str) -> dict[str, Any]:
+        """Put a failed task again, and return the new one. Raises NoSuchTask; Conflict where it has not failed."""
+        try:
+            return self.get(self._after(self.queue.requeue(task_id)).id)
+        except ValueError as error:
+            raise Conflict(str(error)) from error
+
+    def _after(self, outcome: T) -> T:
+        """Let the next list be read anew: whoever changes something sees it."""
+        self._read_at = -SNAPSHOT_SECONDS
+        return outcome
+
+    @staticmethod
+    def samples() -> list[str]:
+        """Return the sample files, as a task names them."""
+        files = (path for path in sorted(SAMPLES.iterdir()) if path.is_file() and path.name != "README.md")
+        return [f"{SAMPLES.name}/{path.name}" for path in files]
+
+
+def _decoded(record: dict[str, str]) -> dict[str, Any]:
+    """Return a record's fields as values, without the data that is nested too deep to be read."""
+    try:
+        return TaskQueue.decode_record(record)
+    except RecursionError:
+        return TaskQueue.decode_record({name: text for name, text in record.items() if name not in ("data", "result")})

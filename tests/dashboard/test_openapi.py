@@ -1,0 +1,104 @@
+"""dashboard/openapi.json says what the server does: schemathesis asks all of it, and hostile values ask the streams."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import schemathesis
+from conftest import ROOT, Server
+from dash import Dashboard, dashboard, status_of, valkey_server
+from fakeredis import FakeAsyncRedis, FakeRedis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.routing import Route
+
+from dashboard.app import make_app
+from task_streams import TaskLog, TaskQueue
+
+pytestmark = pytest.mark.xdist_group("dashboard_openapi")
+
+EXAMPLES = 100  # per operation: all of them in some 10 s
+PATH = ROOT / "dashboard" / "openapi.json"
+STREAMS = r"/events$"  # they do not end
+schema = schemathesis.openapi.from_path(PATH)
+BOUNDED = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with valkey_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def board(redis_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
+    """A dashboard that has a task in each state; 1 has failed, and 2 waits."""
+    queue = TaskQueue(redis_server.client())
+    for outcome in ("failed", "completed", "cancelled"):
+        queue.put(outcome)
+        task = queue.take()
+        assert task is not None
+        TaskLog(task.id, queue.redis, attempt=1, token=task.token).add(outcome)
+        queue.finish(task, outcome, None)  # type: ignore[arg-type]
+    queue.put("waits")
+    with dashboard(redis_server.url, tmp_path_factory.mktemp("dashboard")) as one:
+        yield one
+        assert "ERROR" not in one.stderr()
+
+
+@schema.exclude(path_regex=STREAMS).parametrize()
+@BOUNDED
+def test_answers_are_as_described(board: Dashboard, case: schemathesis.Case) -> None:
+    """Whatever is sent, right or wrong: the status, the type, the headers and the body are those of the description."""
+    case.call_and_validate(base_url=board.url, allow_redirects=False)
+
+
+def test_description_has_all_routes_and_is_served(board: Dashboard) -> None:
+    """The server hands out this very file, and each of its paths is there, under each of its methods."""
+    served = httpx.get(f"{board.url}/openapi.json")
+    assert served.headers["content-type"] == "application/json" and served.json() == json.loads(PATH.read_text())
+    app = make_app(TaskQueue(FakeRedis()), FakeAsyncRedis, frozenset())  # type: ignore[arg-type]
+    routes = {
+        route.path: route.methods - {"HEAD"} for route in app.routes if isinstance(route, Route) and route.methods
+    }
+    described = {path: {m.upper() for m in item if m != "parameters"} for path, item in served.json()["paths"].items()}
+    assert described == routes
+
+
+hostile = st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f"), max_size=60)
+cursors = (
+    hostile
+    | st.from_regex(r"[0-9]{1,25}(-[0-9]{1,25})?", fullmatch=True)
+    | st.sampled_from(["$", "0", "2=$", "2=0,2=1-1"])
+)
+
+
+@settings(BOUNDED, max_examples=100)
+@given(
+    st.sampled_from(["/api/tasks/2/events", "/api/tasks/4/events", "/api/events"]),
+    cursors,
+    st.booleans(),
+    st.booleans(),
+)
+def test_streams_survive_hostile_cursors(board: Dashboard, path: str, cursor: str, header: bool, ag_ui: bool) -> None:
+    """A Last-Event-ID or ?since of any kind begins a stream, or is refused; it never fails."""
+    query = {**({} if header else {"since": cursor}), **({"format": "ag-ui"} if ag_ui else {})}
+    headers = {"Last-Event-ID": cursor.encode("latin-1")} if header else {}
+    with httpx.stream("GET", board.url + path, params=query, headers=headers, timeout=10) as response:  # type: ignore[arg-type]
+        assert response.status_code in (200, 204, 400), response.read()
+        if response.status_code == 200:
+            assert next(response.iter_raw()).startswith(b"retry: 1000\n\n")
+
+
+@settings(BOUNDED, max_examples=60)
+@given(
+    st.sampled_from(
+        ["/api/tasks/{}", "/api/tasks/{}/events", "/api/tasks?q={}", "/api/tasks?before={}", "/api/events?task={}"]
+    ),
+    st.binary(max_size=20),
+)
+def test_ids_of_any_bytes_survive(board: Dashboard, path: str, name: bytes) -> None:
+    """An id of any bytes, escaped, is found or refused."""
+    escaped = "".join(f"%{byte:02X}" for byte in name)
+    assert status_of(board.ask(f"HEAD {path.format(escaped)}")) in (200, 204, 400, 404)
