@@ -397,7 +397,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, lis
         wait_until(lambda: TaskLog(stopped.id, queue.redis).last().is_terminal, "one is cancelled")  # type: ignore[union-attr]
         first.send_signal(signal.SIGKILL)
         others = [queue.put(task) for task in (data, email, {"type": "nonsense"})]
-        second = work("--burst", "--concurrency", "4", "--llm-delay", "0.1", "--llm-rate", "9/s")
+        second = work("--burst", "--concurrency", "4", "--llm-delay", "0.1", "--llm-rate", "4/3s")
         # The test looks for lost tasks and due retries, too: sooner than the second worker is elected to.
         wait_until(lambda: (queue.recover(), second.poll())[1] is not None, "all tasks have ended", 60)
         tasks = dict(zip(("waiting", "lost", "stopped"), (waiting, lost, stopped), strict=True))

@@ -290,7 +290,8 @@ function setUpForm() {
     } else {
       sample.value = ""; // what is typed is what counts
       const untouched = Object.values(EXAMPLES).includes(payload.value);
-      if (change.target === type && untouched && type.value in EXAMPLES) payload.value = EXAMPLES[type.value];
+      const known = Object.hasOwn(EXAMPLES, type.value); // `constructor` is none
+      if (change.target === type && untouched && known) payload.value = EXAMPLES[type.value];
     }
   });
   loadSamples();

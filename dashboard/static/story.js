@@ -30,7 +30,7 @@ export class Story {
     const attempt = entry.attempt ?? this.attempt; // an entry that somebody added by hand may have none
     if (attempt !== this.attempt || this.section === null) this.#begin(attempt, at);
     if (!["llm_delta", "llm_response"].includes(name)) this.#closeWords();
-    const tell = TELL[name] ?? tellOther;
+    const tell = Object.hasOwn(TELL, name) ? TELL[name] : tellOther; // an event may be called `constructor`
     tell(this, entry, at, name);
   }
 

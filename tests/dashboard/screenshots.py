@@ -25,7 +25,7 @@ CHROMIUM = Path("/usr/bin/chromium")  # Debian's
 ARGUMENTS = ["--no-sandbox"]  # the sandbox refuses root, which a container usually is
 WIDTH, HEIGHT = 1200, 800
 MOST_BYTES = 200_000  # of one picture, for a page that many load
-SLOW_LLM_SECONDS = 4.0  # so that the tasks of the picture are still at work when it is taken
+SLOW_LLM_SECONDS = 3.0  # so that the tasks of the picture are still at work when it is taken
 FAST_LLM_SECONDS = 0.05
 
 ENDED = [
@@ -125,6 +125,7 @@ def take_both(browser: Any, board: Dashboard, task_id: str, directory: Path) -> 
         # in the middle: a tool has given its result, and the LLM's next answer is growing
         page.locator("#story [data-event=tool_usage][data-status=completed]").first.wait_for()
         page.locator("#story .growing").wait_for()
+        page.locator("#timeline li[data-lasts]").wait_for()
         take(page, watched)
     finally:
         context.close()
