@@ -151,6 +151,8 @@ def agent(
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    streams = [keys.stream(task_id) for task_id in task_ids]
+    wait_until(lambda: server.client().exists(*streams) == len(streams), "every task has begun")
     try:
         yield end
     finally:
