@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from redis import RedisCluster
 from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect, decode, encode, is_transient, reason_of
 
 from . import keys
+from .batching import SharedScript
 from .lua import load
 from .retrying import delays
 
@@ -74,12 +75,17 @@ class Lease:
     lost: threading.Event = field(default_factory=threading.Event)
     cancel_reason: str | None = None
 
+    @property
+    def is_over(self) -> bool:
+        return self.lost.is_set() or time.monotonic() > self.deadline
+
 
 class TaskLog:
     """The stream of one task. Without a client it connects by the policy. Thread-safe.
 
     A worker's log carries the attempt and token of its claim, and appends only while it holds the lease. A log without
-    them may write a stream that no worker has written yet, as its only writer.
+    them may write a stream that no worker has written yet, as its only writer. Logs that are used by many threads at
+    the same time may have one `script` in common (SharedScript of append.lua).
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class TaskLog:
         attempt: int = 0,
         token: str = "",
         lease: Lease | None = None,
+        script: SharedScript | None = None,
         maxlen: int = MAXLEN,
         ttl_seconds: float = TTL_SECONDS,
     ) -> None:
@@ -97,7 +104,7 @@ class TaskLog:
         self.redis = connect() if client is None else client
         self.attempt, self.token, self.lease = attempt, token or uuid.uuid4().hex, lease
         self.maxlen, self.ttl_seconds = maxlen, ttl_seconds
-        self._append = load(self.redis, "append")
+        self._append = script or load(self.redis, "append")
         self._number = 0
         self._lock = threading.Lock()
 
@@ -122,11 +129,19 @@ class TaskLog:
         if self.lease is not None:
             if self.lease.cancel_reason is not None:
                 raise TaskCancelled(self.lease.cancel_reason)
-            if self.lease.lost.is_set() or time.monotonic() > self.lease.deadline:
-                raise LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
+            if self._is_over:
+                raise self._over()
 
     def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even when a cancellation was asked for: the worker's way to write the end."""
+        with self._lock:  # subtle: a repeated append is known by its number, so the numbers must arrive in order
+            outcome = self._outcome(self._insist(self.prepare(event, fields)))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def prepare(self, event: str, fields: dict[str, Any]) -> list[Any]:
+        """Return the arguments of append.lua for this log's next event, for append_many. Raises as add() does."""
         if not event.isidentifier() or event in ("gap", "reset"):
             raise ValueError(f"not an event name: {event!r}")
         if clash := RESERVED & fields.keys():
@@ -135,28 +150,35 @@ class TaskLog:
         size = sum(len(text.encode()) for text in pairs)
         if size > MAX_EVENT_BYTES:
             raise ValueError(f"the event {event} has {size:,} bytes; the limit is {MAX_EVENT_BYTES:,}")
-        with self._lock:  # subtle: a repeated append is known by its number, so the numbers must arrive in order
-            self._number += 1
-            terminal = int(event in keys.TERMINAL)
-            ttl_ms = int(self.ttl_seconds * 1000)
-            args = [self.attempt, self.token, self._number, terminal, self.maxlen, ttl_ms, event, *pairs]
-            reply = self._insist(args)
+        self._number += 1
+        terminal = int(event in keys.TERMINAL)
+        ttl_ms = int(self.ttl_seconds * 1000)
+        return [self.attempt, self.token, self._number, terminal, self.maxlen, ttl_ms, event, *pairs]
+
+    def _outcome(self, reply: Any) -> str | Exception:
+        """Return the entry id that a reply of append.lua holds, or what add() is to raise for it."""
+        if isinstance(reply, Exception):
+            return reply
         if reply[0] == "lost":
             if self.lease is not None:
                 self.lease.lost.set()
-            raise LeaseLost(f"task {self.task_id} is written by its attempt {reply[1]} now")
-        if reply[0] == "ended":
-            raise StreamEnded(reply[1])
-        return str(reply[1])
+            if int(reply[1]) < self.attempt:
+                return LeaseLost(f"what attempt {self.attempt} of task {self.task_id} wrote is gone, and its claim too")
+            return LeaseLost(f"task {self.task_id} is written by its attempt {reply[1]} now")
+        return StreamEnded(reply[1]) if reply[0] == "ended" else str(reply[1])
+
+    @property
+    def _keys(self) -> list[str]:
+        return [keys.stream(self.task_id), keys.writer(self.task_id)]
 
     def _insist(self, args: list[Any]) -> Any:
         """Run append.lua, again and again while Redis is away, for as long as the lease may be believed."""
         limit = time.monotonic() + UNLEASED_PATIENCE_SECONDS
         for delay in delays():
-            if self.lease is not None and (self.lease.lost.is_set() or time.monotonic() > self.lease.deadline):
-                raise LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
+            if self._is_over:
+                raise self._over()
             try:
-                return self._append(keys=[keys.stream(self.task_id), keys.writer(self.task_id)], args=args)
+                return self._append(keys=self._keys, args=args)
             except REDIS_ERRORS as error:
                 if not is_transient(error) or (self.lease is None and time.monotonic() + delay > limit):
                     raise
@@ -165,6 +187,13 @@ class TaskLog:
             else:
                 time.sleep(delay)
         raise AssertionError("delays() never ends")
+
+    @property
+    def _is_over(self) -> bool:
+        return self.lease is not None and self.lease.is_over
+
+    def _over(self) -> LeaseLost:
+        return LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -193,6 +222,20 @@ class TaskLog:
         for _, event in follow({self.task_id: since}, self._blocking, timeout_seconds):
             if event is not None:
                 yield event
+
+
+def append_many(append: SharedScript, appends: Sequence[tuple[TaskLog, list[Any]]]) -> list[str | Exception]:
+    """Append one prepared event to each of several logs of a client, in one round trip; repeated, it is written once.
+
+    Returns an entry id or what add() would raise, for each. Raises redis-py's errors where Redis is away or refuses
+    for a while: then repeat all of them.
+    """
+    over = [log._is_over for log, _ in appends]
+    calls = [(log._keys, args) for (log, args), is_over in zip(appends, over, strict=True) if not is_over]
+    answers = iter(append.many(calls))
+    return [
+        log._over() if is_over else log._outcome(next(answers)) for (log, _), is_over in zip(appends, over, strict=True)
+    ]
 
 
 def seq_of(entry_id: str) -> int | None:
@@ -232,9 +275,10 @@ def follow(
         if deadline is not None and time.monotonic() >= deadline:
             raise TimeoutError(f"no end within {timeout_seconds:g} s")
         try:
-            for task_id in cursors.keys() - seqs.keys():
-                for event in _start(task_id, cursors, seqs, blocking):
-                    yield task_id, event
+            while new := cursors.keys() - seqs.keys():  # subtle: again, since whoever gets an event may add a task
+                for task_id in new:
+                    for event in _start(task_id, cursors, seqs, blocking):
+                        yield task_id, event
             if not cursors:
                 return
             left = BLOCK_SECONDS if deadline is None else deadline - time.monotonic()
@@ -242,7 +286,7 @@ def follow(
             streams = {keys.stream(task_id): cursor for task_id, cursor in cursors.items()}
             reply = _xread(blocking, streams, block_ms)
             for task_id in [] if reply else _expired(list(cursors), blocking):
-                del cursors[task_id]
+                del cursors[task_id], seqs[task_id]
         except REDIS_ERRORS as error:
             if not is_transient(error):
                 raise
@@ -268,7 +312,7 @@ def follow(
                     seqs[task_id] = seq
                 cursors[task_id] = event.id
                 if event.is_terminal:
-                    del cursors[task_id]
+                    del cursors[task_id], seqs[task_id]
                     yield task_id, event
                     break
                 yield task_id, event
@@ -284,19 +328,28 @@ def _xread(blocking: Client, streams: dict[str, str], block_ms: int) -> list[Any
 
 
 def _start(task_id: str, cursors: dict[str, str], seqs: dict[str, int | None], redis: Client) -> Iterator[Event]:
-    """Resolve `$` once, put a cursor that is ahead of its stream back to the start, and drop one that is at the end."""
+    """Resolve `$` once, put a cursor that is not of its stream back to the start, and drop one that is at the end."""
     cursor = cursors[task_id]
     newest = redis.xrevrange(keys.stream(task_id), count=1)
     last = newest[0][0] if newest else "0-0"
     if cursor == "$":
         cursor = last
-    elif order(cursor) > order(last) and not _expired([task_id], redis):
+    elif _is_unknown(cursor, last, task_id, redis) and not _expired([task_id], redis):
         yield Event(cursor, "reset", {"cursor": cursor, "last": last})
         cursor = "0"
     if newest and cursor == last and newest[0][1].get("event") in keys.TERMINAL:
         del cursors[task_id]
     else:
         cursors[task_id], seqs[task_id] = cursor, seq_of(cursor)
+
+
+def _is_unknown(cursor: str, last: str, task_id: str, redis: Client) -> bool:
+    """Say whether a failover has lost the entry at the cursor: it is ahead, or others stand where it stood."""
+    if order(cursor) >= order(last) or not seq_of(cursor):
+        return order(cursor) > order(last)
+    stream = keys.stream(task_id)
+    there = redis.xrevrange(stream, cursor, count=1) or redis.xrange(stream, count=1)  # its own place, or the oldest
+    return bool(there) and there[0][0] != cursor and (seq_of(there[0][0]) or 0) <= (seq_of(cursor) or 0)  # not trimmed
 
 
 def _expired(task_ids: list[str], redis: Client) -> list[str]:

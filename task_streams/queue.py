@@ -14,15 +14,17 @@ import re
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal
 
 from redis import RedisCluster
+from redis.exceptions import TimeoutError as NotInTime
 
 from ailf.messaging.redis import Client, blocking_client, connect, encode, from_json, to_json
 
 from . import keys
+from .batching import Call, run_many
 from .lua import load
 from .retrying import repeat
 
@@ -42,6 +44,7 @@ AUDIT_LIST = 10_000  # elements among which a suspected task is looked for
 AUDIT_AGAIN_MS = 10_000  # how long a task that was found there is not suspected again
 MAX_OWN_ID = 120  # characters; a requeued task's id needs some more
 PUT_BATCH = 500  # tasks per pipeline
+WAIT_MS = 1_000  # for replicas to have a put, before it is repeated; shorter than the socket waits
 PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
 
 DROPPED = {"held": "it runs or waits for its retry", "done": "a task of that id has ended"}
@@ -111,15 +114,23 @@ def _id_json(task_id: str) -> str:
 class TaskQueue:
     """The queue `task_queue` and its companions. Thread-safe. Without a client it connects by the policy.
 
-    A change is repeated for patience_seconds while Redis is away; then redis-py's error is raised.
+    A change is repeated for patience_seconds while Redis is away; then redis-py's error is raised. With wait_replicas a
+    put returns when so many replicas have it, too (WAIT), so that a failover does not lose it. Not on a cluster.
     """
 
     def __init__(
-        self, client: Client | None = None, *, patience_seconds: float = PATIENCE_SECONDS, name: str | None = None
+        self,
+        client: Client | None = None,
+        *,
+        patience_seconds: float = PATIENCE_SECONDS,
+        name: str | None = None,
+        wait_replicas: int = 0,
     ) -> None:
         self.redis = connect() if client is None else client
         self._name = name  # of the connection that blocks, in CLIENT LIST
-        self.patience_seconds = patience_seconds
+        self.patience_seconds, self.wait_replicas = patience_seconds, wait_replicas
+        if wait_replicas and isinstance(self.redis, RedisCluster):
+            raise ValueError("wait_replicas is for one master and its replicas, not for a cluster")
         names = ("put", "claim", "heartbeat", "finish", "retry", "release", "recover", "audit", "cancel")
         self._scripts = {name: load(self.redis, name) for name in names}
         self._ledger_offset = 0
@@ -132,15 +143,13 @@ class TaskQueue:
     def _run(self, name: str, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
         return repeat(lambda: self._scripts[name](keys=script_keys, args=args), self.patience_seconds)
 
-    def _run_many(self, name: str, calls: list[tuple[list[str], list[Any]]]) -> list[int]:
-        """Run a script once for each (keys, args), in one round trip; a cluster's client takes them one by one."""
-        script = self._scripts[name]
-        if isinstance(self.redis, RedisCluster):
-            return [script(keys=script_keys, args=args) for script_keys, args in calls]
-        with self.redis.pipeline(transaction=False) as pipe:
-            for script_keys, args in calls:
-                script(keys=script_keys, args=args, client=pipe)
-            return list(pipe.execute())
+    def _run_many(self, name: str, calls: Sequence[Call]) -> list[Any]:
+        """Run a script once for each (keys, args), in one round trip. Raises the first error among the replies."""
+        replies = run_many(self.redis, self._scripts[name], calls)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
 
     def close(self) -> None:
         """Close the connections. The queue connects again when it is used again."""
@@ -182,7 +191,7 @@ class TaskQueue:
             return [self._put_as(ids[0], batch[0], ours=True)[0]]
 
         calls = [(_put_keys(task_id), _put_args(task_id, data)) for task_id, data in zip(ids, batch, strict=True)]
-        created = repeat(lambda: self._run_many("put", calls), self.patience_seconds)
+        created = self._run_put(calls)
         return [
             Task(task_id, from_json(data)) if new else self._put_as(task_id, data, ours=True)[0]
             for task_id, data, new in zip(ids, batch, created, strict=True)
@@ -190,7 +199,7 @@ class TaskQueue:
 
     def _put_as(self, task_id: str, data: str, ours: bool = False) -> tuple[Task, bool]:
         """Put under an id; return the task and whether it is new. `ours`: the id was drawn from the counter."""
-        if self._run("put", _put_keys(task_id), _put_args(task_id, data)):
+        if self._run_put([(_put_keys(task_id), _put_args(task_id, data))])[0]:
             return Task(task_id, from_json(data)), True
         first = repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds)
         if first is None:  # it expired between the two commands
@@ -199,26 +208,84 @@ class TaskQueue:
             return self._put_new([data])[0], True
         return Task(task_id, from_json(first)), False
 
+    def _run_put(self, calls: list[tuple[list[str], list[Any]]]) -> list[int]:
+        if not self.wait_replicas:
+            return repeat(lambda: self._run_many("put", calls), self.patience_seconds)
+
+        def put_and_wait() -> list[int]:
+            with self.redis.pipeline(transaction=False) as pipe:  # WAIT is for what its own connection has written
+                for script_keys, args in calls:
+                    self._scripts["put"](keys=script_keys, args=args, client=pipe)
+                pipe.incrby(keys.COUNTER, 0)  # subtle: a repeated put writes nothing, so WAIT would wait for nothing
+                pipe.wait(self.wait_replicas, WAIT_MS)
+                created: list[int]
+                *created, _, replicas = pipe.execute()
+            if replicas < self.wait_replicas:
+                raise NotInTime(f"{replicas} of {self.wait_replicas} replicas have the task")
+            return created
+
+        return repeat(put_and_wait, self.patience_seconds)
+
     # -- taking -------------------------------------------------------------------------------------------------
 
     def pop(self, block_seconds: float = BLOCK_SECONDS) -> bytes | None:
         """BRPOP one element; None after block_seconds (BLOCK_SECONDS at most) without one. Never repeated."""
-        reply = self._blocking.brpop([keys.QUEUE], timeout=min(block_seconds, BLOCK_SECONDS))
-        return bytes(reply[1]) if reply else None
+        return next(iter(self.pop_many(1, block_seconds)), None)
+
+    def pop_many(self, count: int, block_seconds: float = BLOCK_SECONDS) -> list[bytes]:
+        """BRPOP one element as pop() does, and RPOP up to count - 1 others that wait, in the same round trip."""
+        block_seconds = min(block_seconds, BLOCK_SECONDS)
+        if count == 1 or isinstance(self._blocking, RedisCluster):  # whose pipelines repeat what fails
+            first, others = self._blocking.brpop([keys.QUEUE], timeout=block_seconds), None
+        else:
+            with self._blocking.pipeline(transaction=False) as pipe:
+                pipe.brpop([keys.QUEUE], timeout=block_seconds)
+                pipe.rpop(keys.QUEUE, count - 1)
+                replies = pipe.execute(raise_on_error=False)
+            refused = [reply for reply in replies if isinstance(reply, Exception)]
+            if len(refused) == len(replies):
+                raise refused[0]
+            # subtle: where only one was refused, as in the moment when memory is full, what the other popped counts
+            first, others = (None if isinstance(reply, Exception) else reply for reply in replies)
+        return [bytes(element) for element in [*(first or [])[1:], *(others or [])]]
 
     def claim(
         self, element: bytes, *, worker: str, lease_seconds: float = LEASE_SECONDS, token: str = ""
     ) -> Task | None:
         """Claim the task of a popped element. None where it is dropped: a copy of a task that is held or has ended, or
         a malformed element, which goes to `dead` with the reason. Pass a token of your own to repeat a claim."""
-        try:
-            task = parse_element(element)
-        except Malformed as error:
-            logger.warning("an element of %s is no task: %s; it is in %s now", keys.QUEUE, error, keys.DEAD)
+        call = partial(self.claim_many, [(element, token or uuid.uuid4().hex)], worker, lease_seconds)
+        [task] = repeat(call, self.patience_seconds)
+        if isinstance(task, Exception):
+            raise task
+        return task
+
+    def claim_many(
+        self, elements: Sequence[tuple[bytes, str]], worker: str, lease_seconds: float = LEASE_SECONDS
+    ) -> list[Task | Exception | None]:
+        """Claim the tasks of several popped elements, each with a token, in one round trip: each as claim() does.
+
+        An error that concerns one only takes its place. Raises redis-py's errors where Redis is away or refuses for a
+        while: then repeat all of them.
+        """
+        found = [(_parsed(element), token) for element, token in elements]
+        calls = [
+            _claim_call(task.id, to_json(task.data), worker, lease_seconds, token)
+            for task, token in found
+            if isinstance(task, Task)
+        ]
+        replies = iter(run_many(self.redis, self._scripts["claim"], calls))
+        claimed: list[Task | Exception | None] = []
+        for (element, token), (task, _) in zip(elements, found, strict=True):
+            if isinstance(task, Task):
+                reply = next(replies)
+                claimed.append(reply if isinstance(reply, Exception) else _claimed(task.id, token, reply))
+                continue
+            logger.warning("an element of %s is no task: %s; it is in %s now", keys.QUEUE, task, keys.DEAD)
             text = element[:MAX_DATA_BYTES].decode(errors="backslashreplace")
-            self.bury({"reason": str(error), "element": text, "bytes": len(element)})
-            return None
-        return self._claim(task.id, to_json(task.data), worker, lease_seconds, token)
+            self.bury({"reason": str(task), "element": text, "bytes": len(element)})
+            claimed.append(None)
+        return claimed
 
     def take(
         self, block_seconds: float = BLOCK_SECONDS, *, worker: str = "anonymous", lease_seconds: float = LEASE_SECONDS
@@ -226,19 +293,6 @@ class TaskQueue:
         """Pop and claim the next task; None after block_seconds without one, or where an element was dropped."""
         element = self.pop(block_seconds)
         return None if element is None else self.claim(element, worker=worker, lease_seconds=lease_seconds)
-
-    def _claim(self, task_id: str, data: str, worker: str, lease_seconds: float, token: str = "") -> Task | None:
-        token = token or uuid.uuid4().hex
-        reply = self._run(
-            "claim",
-            [keys.record(task_id), keys.LEASES, keys.UNFINISHED, keys.RECENT],
-            [task_id, token, worker, int(lease_seconds * 1000), data, RECENT_TASKS],
-        )
-        if reply[0] != "claimed":
-            logger.info("task %s: dropped an element with its id (%s)", task_id, DROPPED.get(reply[0], reply[0]))
-            return None
-        _, data, attempt, failures, lost, cancel = reply
-        return Task(task_id, from_json(data), int(attempt), token, int(failures), lost, cancel)
 
     def heartbeat(self, tasks: Sequence[Task], lease_seconds: float = LEASE_SECONDS) -> list[int]:
         """Renew leases in one round trip; for each task 1 (renewed), 2 (and to be cancelled) or 0 (lost)."""
@@ -248,11 +302,16 @@ class TaskQueue:
 
     def finish(self, task: Task, outcome: Outcome, result: Any = None) -> bool:
         """Close the record after the task's stream has ended; a failed task goes to `dead` too. False: lease lost."""
-        args = [task.id, task.token, outcome, to_json(result), RECORD_TTL_SECONDS * 1000]
-        letter = _letter(task.id, task.data, result, task.attempt) if outcome == "failed" else ""
-        args += [letter, DEAD_LETTERS, FINISHED_TASKS, encode(task.id)]
-        script_keys = [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD, keys.FINISHED, keys.TOTALS]
-        return bool(self._run("finish", script_keys, args))
+        return bool(self._run("finish", *_finish_call(task, outcome, result)))
+
+    def finish_many(self, ends: Sequence[tuple[Task, Outcome, Any]]) -> list[bool | Exception]:
+        """Finish several tasks in one round trip: each as finish() does.
+
+        An error that concerns one only takes its place. Raises redis-py's errors where Redis is away or refuses for a
+        while: then repeat all of them.
+        """
+        replies = run_many(self.redis, self._scripts["finish"], [_finish_call(*end) for end in ends])
+        return [reply if isinstance(reply, Exception) else bool(reply) for reply in replies]
 
     def retry(self, task: Task, delay_seconds: float) -> bool:
         """Count a failure and let the task rest; recover pushes it again after delay_seconds. False: lease lost."""
@@ -308,7 +367,10 @@ class TaskQueue:
             raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
         if status in keys.TERMINAL:
             raise ValueError(f"task {task_id} has ended already: {status}")
-        return self._claim(task_id, "", "cancel", LEASE_SECONDS) if status == "waiting" else None
+        if status != "waiting":
+            return None
+        token = uuid.uuid4().hex
+        return _claimed(task_id, token, self._run("claim", *_claim_call(task_id, "", "cancel", LEASE_SECONDS, token)))
 
     def requeue_dead(self) -> tuple[list[tuple[str, Task]], int]:
         """Put every dead task again; return the pairs (old id, new task), and how many letters hold no task.
@@ -397,6 +459,33 @@ class TaskQueue:
             pipe.llen(keys.QUEUE)
             pipe.zcard(keys.UNFINISHED)
             return int(max(pipe.execute()))
+
+
+def _parsed(element: bytes) -> Task | Malformed:
+    try:
+        return parse_element(element)
+    except Malformed as error:
+        return error
+
+
+def _claim_call(task_id: str, data: str, worker: str, lease_seconds: float, token: str) -> Call:
+    script_keys = [keys.record(task_id), keys.LEASES, keys.UNFINISHED, keys.RECENT]
+    return script_keys, [task_id, token, worker, int(lease_seconds * 1000), data, RECENT_TASKS]
+
+
+def _claimed(task_id: str, token: str, reply: list[str]) -> Task | None:
+    if reply[0] != "claimed":
+        logger.info("task %s: dropped an element with its id (%s)", task_id, DROPPED.get(reply[0], reply[0]))
+        return None
+    _, data, attempt, failures, lost, cancel = reply
+    return Task(task_id, from_json(data), int(attempt), token, int(failures), lost, cancel)
+
+
+def _finish_call(task: Task, outcome: Outcome, result: Any) -> Call:
+    letter = _letter(task.id, task.data, result, task.attempt) if outcome == "failed" else ""
+    args = [task.id, task.token, outcome, to_json(result), RECORD_TTL_SECONDS * 1000, letter, DEAD_LETTERS]
+    script_keys = [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD, keys.FINISHED, keys.TOTALS]
+    return script_keys, [*args, FINISHED_TASKS, encode(task.id)]
 
 
 def _check_own_id(task_id: str) -> str:

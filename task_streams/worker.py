@@ -1,10 +1,13 @@
 """The loop around a handler: take tasks, keep their leases, report their ends, stop cleanly.
 
-    main thread   BRPOP when a slot is free; in one worker of all, once a second, it recovers what others lost
-    slots         one thread per task at a time: claim, `started`, the handler, the terminal event, finish
+    main thread   BRPOP for the slots that are free, claim, `started`; in one worker of all, once a second, it recovers
+                  what others lost
+    slots         one thread per task at a time: the handler
+    ends          one thread: `completed`, finish
     heartbeat     one thread renews the leases of all running tasks, three times a lease, and hears of cancellations
     PubSub        one thread wakes the heartbeat when a running task is to be cancelled
 
+The main thread and `ends` take all tasks that wait for them in one round trip, so that many short tasks cost few.
 While Redis is away everything waits and tries again; leases that run out meanwhile are lost, and their tasks run again.
 """
 
@@ -17,7 +20,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from types import FrameType
@@ -38,7 +42,9 @@ from ailf.messaging.redis import (
 )
 
 from . import keys
-from .log import Lease, LeaseLost, StreamEnded, TaskCancelled, TaskLog
+from .batching import SharedScript
+from .log import Lease, LeaseLost, StreamEnded, TaskCancelled, TaskLog, append_many
+from .lua import load
 from .queue import LEASE_SECONDS, Outcome, Task, TaskQueue
 from .retrying import delays
 
@@ -89,8 +95,9 @@ def run_worker(
     hands them back at once (exit code 130). With `burst` it returns when no task is owed: none waits, runs or rests.
     Raises ailf's RedisUnavailable where Redis cannot be reached at the start.
     """
-    worker = _Worker(connect() if client is None else client, handler, lease_seconds, max_attempts, backoff_seconds)
-    return worker.run(concurrency, burst, grace_seconds)
+    client = connect() if client is None else client
+    worker = _Worker(client, handler, concurrency, lease_seconds, max_attempts, backoff_seconds)
+    return worker.run(burst, grace_seconds)
 
 
 def cancel_task(queue: TaskQueue, task_id: str, reason: str) -> str:
@@ -122,16 +129,36 @@ def finish_as_ended(queue: TaskQueue, task: Task, log: TaskLog) -> None:
         queue.finish(task, last.name, next(iter(outcome), None))  # type: ignore[arg-type]
 
 
+@dataclass
+class _Job:
+    """A task that this worker holds."""
+
+    task: Task
+    log: TaskLog
+    lease: Lease
+    started: str | Exception | None = None  # the entry id of `started`, or why there is none; None: not tried yet
+    result: Any = None
+    duration_ms: int = 0
+    end: list[Any] | None = None  # the prepared `completed`, once it is on its way
+
+
 class _Worker:
     """The state that the threads of one worker share."""
 
     def __init__(
-        self, client: Client, handler: Handler, lease_seconds: float, max_attempts: int, backoff_seconds: float
+        self,
+        client: Client,
+        handler: Handler,
+        concurrency: int,
+        lease_seconds: float,
+        max_attempts: int,
+        backoff_seconds: float,
     ) -> None:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         # without patience: waiting is done here, in insist()
         self.queue = TaskQueue(client, patience_seconds=0, name=f"{WORKER_NAME}{self.name}")
-        self.handler, self.lease_seconds = handler, lease_seconds
+        self.append = SharedScript(client, load(client, "append"))  # the events of all handlers
+        self.handler, self.concurrency, self.lease_seconds = handler, concurrency, lease_seconds
         self.max_attempts, self.backoff_seconds = max_attempts, backoff_seconds
         self.signals = 0  # how many came; the signal handler's only business
         self.leaving = threading.Event()  # set when the running tasks are given up
@@ -140,8 +167,11 @@ class _Worker:
         self.elected = False
         self.cancellations = RedisPubSub(client)
         self.listening = False
-        self.running: dict[str, tuple[Task, TaskLog, Lease]] = {}
-        self.elements: SimpleQueue[bytes] = SimpleQueue()
+        self.running: dict[str, _Job] = {}  # by their tokens: claimed, and not finished
+        self.slots = threading.Semaphore(concurrency)  # those that are free
+        self.unwritten = threading.Semaphore(concurrency)  # how many ends more may wait to be written
+        self.jobs: SimpleQueue[_Job] = SimpleQueue()  # for the slots
+        self.ends: SimpleQueue[_Job] = SimpleQueue()  # for the thread that writes them
         self.unclaimed: list[bytes] = []  # popped, and not known to be claimed
         self.trouble: set[str] = set()  # kinds of operations that fail
         self.trouble_since = 0.0  # time.monotonic() when the first of them began to
@@ -149,20 +179,18 @@ class _Worker:
 
     # -- the main thread ----------------------------------------------------------------------------------------
 
-    def run(self, concurrency: int, burst: bool, grace_seconds: float) -> int:
+    def run(self, burst: bool, grace_seconds: float) -> int:
         previous = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        slots = threading.Semaphore(concurrency)
-        for _ in range(concurrency):
-            threading.Thread(target=self.slot, args=(slots,), daemon=True).start()
-        threading.Thread(target=self.heartbeat, daemon=True).start()
+        for loop in (*[self.slot] * self.concurrency, self.write_ends, self.heartbeat):
+            threading.Thread(target=loop, daemon=True).start()
         logger.info("worker %s waits for tasks on %s at %s", self.name, keys.QUEUE, url_of(self.queue.redis))
         try:
             try:
-                self.take_until_stopped(slots, burst)
+                self.take_until_stopped(burst)
             except REDIS_ERRORS:
-                self.finish_or_hand_back(slots, concurrency, 0)
+                self.finish_or_hand_back(0)
                 raise
-            return self.finish_or_hand_back(slots, concurrency, grace_seconds)
+            return self.finish_or_hand_back(grace_seconds)
         finally:
             self.leaving.set()
             self.beat_now.set()
@@ -174,7 +202,7 @@ class _Worker:
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.signals += 1
 
-    def take_until_stopped(self, slots: threading.Semaphore, burst: bool) -> None:
+    def take_until_stopped(self, burst: bool) -> None:
         recover_at = 0.0
         wait = delays()
         while not self.signals:
@@ -187,21 +215,21 @@ class _Worker:
                         recovered := self.attempt("recover", self.queue.recover)
                     ):
                         logger.info("pushed %d task(s) again: a retry is due, or a worker was lost", recovered)
-                if not slots.acquire(timeout=POLL_SECONDS):
+                if not self.slots.acquire(timeout=POLL_SECONDS):
                     continue
-                element = None
+                free, used = 1, 0
+                while self.slots.acquire(blocking=False):
+                    free += 1
                 try:
-                    element = self.attempt("pop", self.queue.pop)
-                finally:
-                    if element is None:
-                        slots.release()
-                if element is not None:
-                    fault_point("popped")
-                    self.unclaimed.append(element)
-                    if self.signals:  # it came while we were told to stop: put back below
+                    self.unclaimed = self.attempt("pop", partial(self.queue.pop_many, free))
+                    if self.unclaimed:
+                        fault_point("popped")
+                    if self.signals:  # one came while we were told to stop: put back below
                         return
-                    self.elements.put(element)
-                elif burst and not self.running and self.attempt("count", self.queue.owed) == 0:
+                    used = self.take_in()
+                finally:
+                    self.slots.release(free - used) if free > used else None
+                if burst and used == 0 and not self.running and self.attempt("count", self.queue.owed) == 0:
                     return
                 wait = delays()
             except REDIS_ERRORS as error:
@@ -209,23 +237,64 @@ class _Worker:
                     raise
                 time.sleep(next(wait))
 
-    def finish_or_hand_back(self, slots: threading.Semaphore, concurrency: int, grace_seconds: float) -> int:
+    def take_in(self) -> int:
+        """Claim what was popped, write `started` for each task, and give them to the slots; return how many."""
+        elements = [(element, uuid4().hex) for element in self.unclaimed]
+        believed_until = 0.0
+
+        def claim() -> list[Task | Exception | None]:
+            nonlocal believed_until
+            believed_until = time.monotonic() + self.lease_seconds  # counted from before the server counts
+            return self.queue.claim_many(elements, self.name, self.lease_seconds)
+
+        claimed = self.insist("claim", claim)
+        self.unclaimed = []
+        jobs = [self.hold(task, believed_until) for task in claimed if isinstance(task, Task)]
+        for error in claimed:
+            if isinstance(error, Exception):
+                logger.error("a task was left to its lease: %s", error)
+        if jobs:
+            fault_point("claimed")
+        usual = [job for job in jobs if not (job.task.lost_worker or job.task.cancel_reason or self.is_spent(job.task))]
+        starts = [(job.log, job.log.prepare("started", {"worker": self.name})) for job in usual]
+        for job, outcome in zip(usual, self.insist("write", partial(append_many, self.append, starts)), strict=True):
+            job.started = outcome
+        if usual:
+            fault_point("started")
+        for job in jobs:
+            self.jobs.put(job)
+        return len(jobs)
+
+    def hold(self, task: Task, believed_until: float) -> _Job:
+        lease = Lease(believed_until, cancel_reason=task.cancel_reason or None)
+        log = TaskLog(
+            task.id, self.queue.redis, attempt=task.attempt, token=task.token, lease=lease, script=self.append
+        )
+        self.running[task.token] = job = _Job(task, log, lease)
+        return job
+
+    def is_spent(self, task: Task) -> bool:
+        return task.failures >= self.max_attempts
+
+    def finish_or_hand_back(self, grace_seconds: float) -> int:
         """Wait for the running tasks; hand back those that take longer than the grace."""
         if self.running:
             logger.info("stopping: %d task(s) may finish within %g s", len(self.running), grace_seconds)
-        deadline, idle = time.monotonic() + grace_seconds, 0
-        while idle < concurrency and time.monotonic() < deadline and self.signals < 2:
-            idle += slots.acquire(timeout=POLL_SECONDS)
+        deadline = time.monotonic() + grace_seconds
+        for free in (self.slots, self.unwritten):  # first all handlers are done, then all ends are written
+            found = 0
+            while found < self.concurrency and time.monotonic() < deadline and self.signals < 2:
+                found += free.acquire(timeout=POLL_SECONDS)
         self.leaving.set()
         held = list(self.running.values())
-        for _, _, lease in held:
-            lease.lost.set()
+        for job in held:
+            job.lease.lost.set()
         try:
             if self.unclaimed:
                 self.queue.put_back(self.unclaimed)
-            for (task, _, _), released in zip(held, self.queue.release([task for task, _, _ in held]), strict=True):
+            for job, released in zip(held, self.queue.release([job.task for job in held]), strict=True):
                 if released:
-                    logger.info("task %s handed back", task)
+                    logger.info("task %s handed back", job.task)
         except REDIS_ERRORS:
             logger.warning("%d task(s) not handed back: they run again when their leases are over", len(held))
         if self.elected:
@@ -248,63 +317,54 @@ class _Worker:
 
     # -- the slots ----------------------------------------------------------------------------------------------
 
-    def slot(self, slots: threading.Semaphore) -> None:
+    def slot(self) -> None:
         while True:
-            element = self.elements.get()
-            try:
-                self.process(element)
-            except REDIS_ERRORS as error:
-                logger.error("a task was left to its lease: %s", error)
-            except BaseException:  # a slot must go on, or its worker would hang
-                logger.exception("the worker itself failed; the task runs again when its lease is over")
-            finally:
-                slots.release()
+            job = self.jobs.get()
+            with self.survived():
+                self.process(job)
+            if job.end is None:
+                del self.running[job.task.token]
+            self.slots.release()
 
-    def process(self, element: bytes) -> None:
-        token = uuid4().hex
-        believed_until = 0.0
-
-        def claim() -> Task | None:
-            nonlocal believed_until
-            believed_until = time.monotonic() + self.lease_seconds  # counted from before the server counts
-            return self.queue.claim(element, worker=self.name, lease_seconds=self.lease_seconds, token=token)
-
-        task = self.insist("claim", claim)
-        self.unclaimed.remove(element)
-        if task is None:
-            return
-        fault_point("claimed")
-        lease = Lease(believed_until, cancel_reason=task.cancel_reason or None)
-        log = TaskLog(task.id, self.queue.redis, attempt=task.attempt, token=task.token, lease=lease)
-        self.running[task.token] = task, log, lease
+    @contextlib.contextmanager
+    def survived(self) -> Iterator[None]:
+        """Let a thread of this worker go on, whatever happened to one task."""
         try:
-            self.work(task, log)
-        except StreamEnded:  # a worker died between the terminal event and finish
-            self.insist("write", lambda: finish_as_ended(self.queue, task, log))
+            yield
         except LeaseLost as error:
             logger.warning("%s; leaving it", error)
-        finally:
-            del self.running[task.token]
+        except REDIS_ERRORS as error:
+            logger.error("a task was left to its lease: %s", error)
+        except BaseException:  # without this thread its worker would hang
+            logger.exception("the worker itself failed; the task runs again when its lease is over")
 
-    def work(self, task: Task, log: TaskLog) -> None:
+    def process(self, job: _Job) -> None:
+        try:
+            self.work(job)
+        except StreamEnded:  # a worker died between the terminal event and finish
+            self.insist("write", lambda: finish_as_ended(self.queue, job.task, job.log))
+
+    def work(self, job: _Job) -> None:
+        task, log = job.task, job.log
         began = time.monotonic()
         try:
             if task.lost_worker:
                 log.add_always("worker_lost", worker=task.lost_worker)
-            if task.failures >= self.max_attempts:
+            if self.is_spent(task):
                 logger.error("task %s failed: its worker was lost, %d times in all", task, task.failures)
                 self.give_up(task, log, f"its worker was lost ({task.lost_worker})", task.failures)
                 return
-            log.add("started", worker=self.name)
-            fault_point("started")
+            if job.started is None:
+                log.add("started", worker=self.name)
+                fault_point("started")
+            elif isinstance(job.started, Exception):
+                raise job.started
             logger.info("task %s started%s", task, f" (attempt {task.attempt})" if task.attempt > 1 else "")
-            result = self.handler(task, log)
+            job.result = self.handler(task, log)
             fault_point("handled")
-            duration_ms = round((time.monotonic() - began) * 1000)
-            log.add("completed", result=result, duration_ms=duration_ms)
-            fault_point("completed")
-            self.finish(task, "completed", result)
-            logger.info("task %s completed in %.2f s", task, duration_ms / 1000)
+            log.check()
+            job.duration_ms = round((time.monotonic() - began) * 1000)
+            job.end = log.prepare("completed", {"result": job.result, "duration_ms": job.duration_ms})
         except (LeaseLost, StreamEnded):
             raise
         except TaskCancelled as cancelled:
@@ -313,6 +373,41 @@ class _Worker:
             logger.info("task %s cancelled: %s", task, cancelled)
         except BaseException as error:  # the task boundary: whatever a task does, sys.exit() too, the worker goes on
             self.failed(task, log, error)
+        else:
+            self.unwritten.acquire()
+            self.ends.put(job)
+
+    def write_ends(self) -> None:
+        while True:
+            jobs = [self.ends.get()]
+            while not self.ends.empty():
+                jobs.append(self.ends.get())
+            with self.survived():
+                self.end(jobs)
+            for job in jobs:
+                del self.running[job.task.token]
+            self.unwritten.release(len(jobs))
+
+    def end(self, jobs: list[_Job]) -> None:
+        """Write `completed` for each, and then close their records."""
+        ends = [(job.log, job.end or []) for job in jobs]
+        written = []
+        for job, outcome in zip(jobs, self.insist("write", partial(append_many, self.append, ends)), strict=True):
+            with self.survived():
+                if isinstance(outcome, StreamEnded):
+                    self.insist("write", partial(finish_as_ended, self.queue, job.task, job.log))
+                elif isinstance(outcome, Exception):
+                    raise outcome
+                else:
+                    written.append(job)
+        fault_point("completed")
+        finishes: list[tuple[Task, Outcome, Any]] = [(job.task, "completed", job.result) for job in written]
+        for job, error in zip(written, self.insist("write", partial(self.queue.finish_many, finishes)), strict=True):
+            with self.survived():
+                if isinstance(error, Exception):
+                    raise error
+                logger.info("task %s completed in %.2f s", job.task, job.duration_ms / 1000)
+        fault_point("finished")
 
     def failed(self, task: Task, log: TaskLog, error: BaseException) -> None:
         """Log an exception of the handler; then let the task rest for its next attempt, or give it up."""
@@ -349,7 +444,7 @@ class _Worker:
                 continue
             sent = time.monotonic()
             try:
-                beat = partial(self.queue.heartbeat, [task for task, _, _ in held], self.lease_seconds)
+                beat = partial(self.queue.heartbeat, [job.task for job in held], self.lease_seconds)
                 replies = self.attempt("heartbeat", beat)
                 pause = self.lease_seconds / 3
             except REDIS_ERRORS as error:
@@ -357,14 +452,14 @@ class _Worker:
                     logger.error("cannot renew leases: %s", error)
                 pause = min(1.0, self.lease_seconds / 10)
                 continue
-            for (task, _, lease), reply in zip(held, replies, strict=True):
+            for job, reply in zip(held, replies, strict=True):
                 if reply == 0:
-                    lease.lost.set()
+                    job.lease.lost.set()
                     continue
-                lease.deadline = sent + self.lease_seconds
-                if reply == 2 and lease.cancel_reason is None:
-                    record = self.insist("heartbeat", partial(self.queue.get, task.id))
-                    lease.cancel_reason = (record or {}).get("cancel", "cancelled")
+                job.lease.deadline = sent + self.lease_seconds
+                if reply == 2 and job.lease.cancel_reason is None:
+                    record = self.insist("heartbeat", partial(self.queue.get, job.task.id))
+                    job.lease.cancel_reason = (record or {}).get("cancel", "cancelled")
 
     def listen_for_cancellations(self) -> None:
         # This worker itself says when Redis goes away and comes back; its subscription need not say it, too.
@@ -379,7 +474,7 @@ class _Worker:
                 logger.warning("cancellations arrive with the next heartbeat only: %s", error)
 
     def on_cancel(self, task_id: Any) -> None:
-        if any(task.id == str(task_id) for task, _, _ in list(self.running.values())):
+        if any(job.task.id == str(task_id) for job in list(self.running.values())):
             self.beat_now.set()
 
     # -- Redis away ---------------------------------------------------------------------------------------------
@@ -403,12 +498,14 @@ class _Worker:
         return result
 
     def insist(self, kind: str, call: Callable[[], T]) -> T:
-        """Call an idempotent operation until it succeeds or this worker leaves."""
+        """Call an idempotent operation until it succeeds or this worker leaves; the main thread leaves at a signal."""
         for delay in delays():
             try:
                 return self.attempt(kind, call)
             except REDIS_ERRORS as error:
                 if not is_transient(error) or self.leaving.wait(delay):
+                    raise
+                if self.signals and threading.current_thread() is threading.main_thread():
                     raise
         raise AssertionError("delays() never ends")
 

@@ -524,7 +524,7 @@ def test_one_worker_is_elected_to_recover_and_the_next_takes_over(
 ) -> None:
     """Of three only one; when it has gone, within ELECTION_SECONDS, another."""
     monkeypatch.setattr(worker_module, "ELECTION_SECONDS", 1.0)
-    workers = [_Worker(valkey.client(), lambda task, log: None, 10, 3, 1) for _ in range(3)]
+    workers = [_Worker(valkey.client(), lambda task, log: None, 1, 10, 3, 1) for _ in range(3)]
 
     first = [one.is_elected() for one in workers]
     again = [one.is_elected() for one in workers]

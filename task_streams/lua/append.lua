@@ -10,6 +10,9 @@ local present = tonumber(w[1] or -1)
 if attempt < present or (attempt == present and w[2] ~= ARGV[2]) then
   return {'lost', present}
 end
+if attempt > 0 and attempt ~= present and number > 1 then -- what it wrote before is gone: a failover, or a power cut,
+  return {'lost', present}                               -- took it, and maybe the task as well
+end
 if attempt == present and number <= tonumber(w[3]) then -- its reply was lost: it is written already
   return {'ok', w[5] .. '-' .. w[4]}
 end
