@@ -7,6 +7,8 @@ See:     tutorial/part5.md
 """
 
 import argparse
+import contextlib
+import errno
 import ipaddress
 import os
 import signal
@@ -32,6 +34,23 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Return sockets that listen on all addresses of a host: "localhost" has two. Raises OSError."""
+    sockets: list[socket.socket] = []
+    lacking: OSError | None = None
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, _, _, _, address in dict.fromkeys(found):
+        try:
+            sockets.append(socket.create_server(address[:2], family=family))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            lacking = error  # a machine without IPv6 may know its own name there all the same
+    if not sockets and lacking is not None:
+        raise lacking
+    return sockets
+
+
 class Server(uvicorn.Server):
     """uvicorn's server; before it waits for connections to close, it ends the streams on them."""
 
@@ -51,23 +70,39 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         parser.error(f"--port is a number from 1 to 65535, not {args.port}")
-    token = os.environ.get("DASHBOARD_TOKEN") or None
+    token = os.environ.get("DASHBOARD_TOKEN", "").strip() or None
+    if token is not None and not token.isprintable():  # nor is what is not UTF-8
+        print("dashboard.py: DASHBOARD_TOKEN must be printable UTF-8", file=sys.stderr)
+        return 1
     if not is_local(args.host) and token is None:
         print(f"dashboard.py: set DASHBOARD_TOKEN to listen on {args.host}: others could reach it", file=sys.stderr)
         return 1
-    hosts = frozenset(name.lower() for name in ("localhost", "127.0.0.1", "[::1]", args.host, *args.allow_host))
+    name = f"[{args.host}]" if ":" in args.host else args.host  # as a URL and a Host header have it
+    hosts = frozenset(one.lower() for one in ("localhost", "127.0.0.1", "[::1]", name, *args.allow_host))
+    try:
+        sockets = listen(args.host, args.port)
+    except OSError as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        print(
+            f"dashboard.py: cannot listen on {name}:{args.port} ({reason}). Choose another --host or --port.",
+            file=sys.stderr,
+        )
+        return 1
     queue = TaskQueue(connect(), patience_seconds=PATIENCE_SECONDS)
     try:
         app = make_app(queue, connect_async, hosts, token)
         config = uvicorn.Config(
             app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS
         )
-        print(f"http://{args.host}:{args.port}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
+        print(f"http://{name}:{args.port}  (Ctrl-C stops it)", file=sys.stderr, flush=True)
         # subtle: after a clean end uvicorn raises the signal again, for whoever had a handler before
         signal.signal(signal.SIGTERM, lambda *_: None)
-        Server(config).run()
+        with contextlib.suppress(KeyboardInterrupt):
+            Server(config).run(sockets)
     finally:
         queue.close()
+        for one in sockets:
+            one.close()
     return 0
 
 

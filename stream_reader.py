@@ -148,8 +148,8 @@ def text_of(event: Event, before: Event | None) -> str:
     values = {name: value for name, value in event.fields.items() if name not in NOT_IN_TEXT}
     shown = {name: encode(value) for name, value in values.items()}
     match event.name, shown:
-        case "gap", _:
-            return f"{values['missed']} event(s) missed: the stream was trimmed"
+        case "gap", {"missed": missed}:  # somebody's own entry of that name may have none
+            return f"{missed} event(s) missed: the stream was trimmed"
         case "reset", _:
             return "the stream was lost in part; reading it from its start"
         case "started", {"worker": worker}:

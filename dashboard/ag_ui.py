@@ -7,7 +7,9 @@ A task is one thread with one run, however many attempts it takes:
     tool_usage                     TOOL_CALL_START, _ARGS, _END; when it returns TOOL_CALL_RESULT
     progress                       STATE_DELTA of {"percent", "step"}
     completed                      RUN_FINISHED; failed and cancelled: RUN_ERROR, with that name as its code
-    all others                     CUSTOM, with the entry's name and fields
+    all others                     CUSTOM, with the entry's name (`message` where that is the server's) and fields
+
+The server's own words are CUSTOM, too: gap and reset (see docs/events.md), and redis, when that went or came.
 
 The rules are those of `verifyEvents` in the npm package @ag-ui/client. No entry may break them: a worker can be killed
 anywhere, a gap can hide any entry, and a handler may log what it likes.
@@ -22,6 +24,7 @@ from ailf.messaging.redis import to_json
 from task_streams import Event
 
 FIRST_STATE = {"percent": 0, "step": ""}  # of each attempt
+NOTICES = ("gap", "reset", "redis")  # what the server says itself
 NO_RESULT = "no result was seen: the attempt ended first, or the entry was trimmed away"
 
 
@@ -41,14 +44,14 @@ class Mapper:
         self.parent_id: str | None = None  # of tool calls: the last message, which asked for them
         self.calls: dict[str, core.ToolCallStartEvent] = {}  # those without a result
 
-    def events(self, entry: Event) -> list[core.BaseEvent]:
-        """Return an entry's events; none for an empty delta."""
+    def events(self, entry: Event, is_notice: bool = False) -> list[core.BaseEvent]:
+        """Return an entry's events; none for an empty delta. `is_notice`: a `gap` or `reset` that no entry says."""
         opening: list[core.BaseEvent] = []
         if self.run is None:  # at any first entry: `cancelled` comes first where a task was still waiting
             self.run, self.state = core.RunStartedEvent(thread_id=self.task_id, run_id=self.task_id), FIRST_STATE
             opening = [self.run, core.StateSnapshotEvent(snapshot=self.state)]
-        events = [*opening, *self._translate(entry)]
-        if entry.name not in ("gap", "reset"):  # their id is the reader's cursor, not a time
+        events = [*opening, *(self._take_notice(entry) if is_notice else self._translate(entry))]
+        if not is_notice:  # whose id is the reader's cursor, not a time
             for event in events:
                 event.timestamp = int(entry.id.partition("-")[0])
         return events
@@ -65,6 +68,18 @@ class Mapper:
         for call_id, start in self.calls.items():  # without its arguments: a client would append them a second time
             events += [start, core.ToolCallEndEvent(tool_call_id=call_id)]
         return events
+
+    def redis(self, is_up: bool) -> list[core.BaseEvent]:
+        """Return the events that tell that Redis went or came; none before the first entry and after the end."""
+        event = core.CustomEvent(name="redis", value={"redis": "up" if is_up else "down"})
+        return [event] if self.run is not None else []
+
+    def _take_notice(self, notice: Event) -> list[core.BaseEvent]:
+        custom = core.CustomEvent(name=notice.name, value=_value(notice.fields))
+        if notice.name == "gap":  # what was missed may be the end of a message, and a result may still come
+            return [*self._end_step(), custom]
+        # reset: all is told anew, so what clients have must go, or the same words would be appended to it
+        return [*self._end_attempt(notice), custom, core.MessagesSnapshotEvent(messages=[])]
 
     def _translate(self, entry: Event) -> list[core.BaseEvent]:
         fields = entry.fields
@@ -86,12 +101,8 @@ class Mapper:
                 self.state = {name: _value(fields.get(name)) for name in FIRST_STATE}
                 patch = [{"op": "replace", "path": f"/{name}", "value": value} for name, value in self.state.items()]
                 return [core.StateDeltaEvent.model_validate({"delta": patch})]
-            case "gap":  # what was missed may be the end of a message, and a result may still come
-                return [*self._end_step(), _custom(entry)]
             case "error" | "worker_lost":
                 return [*self._end_attempt(entry), _custom(entry)]
-            case "reset":  # all is told anew, so what clients have must go, or the same words would be appended to it
-                return [*self._end_attempt(entry), _custom(entry), core.MessagesSnapshotEvent(messages=[])]
             case "completed":
                 result = _value(fields.get("result"))
                 end = core.RunFinishedEvent(thread_id=self.task_id, run_id=self.task_id, result=result)
@@ -168,7 +179,8 @@ class Mapper:
 
 
 def _custom(entry: Event) -> core.BaseEvent:
-    return core.CustomEvent(name=_text(entry.name), value=_value(entry.fields))
+    name = "message" if entry.name in NOTICES else _text(entry.name)  # somebody's entry of that name is not ours
+    return core.CustomEvent(name=name, value=_value(entry.fields))
 
 
 def _text(value: Any) -> str:

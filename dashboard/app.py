@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import RedisClusterException, RedisError
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
@@ -30,7 +31,7 @@ from task_streams.queue import check_id
 from .hub import Hub
 from .metrics import Metrics
 from .problems import Json, Problem, problem
-from .security import COOKIE, HEADERS, Guard, is_token, session_of
+from .security import COOKIE, HEADERS, Failures, Guard, address_of, is_token, session_of
 from .sse import PING_SECONDS, cursor_of, frames_of_ag_ui, frames_of_task, frames_of_tasks, split_cursors
 from .tasks import STATES, Conflict, Tasks
 
@@ -46,7 +47,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(
-    queue: TaskQueue, connect: Callable[[], Awaitable[Client]], hosts: frozenset[str], token: str | None = None
+    queue: TaskQueue,
+    connect: Callable[[], Awaitable[Client]],
+    hosts: frozenset[str],
+    token: str | None = None,
+    ping_seconds: int = PING_SECONDS,
 ) -> Starlette:
     """Return the app. `connect` gives the redis.asyncio client for events, in the app's own event loop."""
 
@@ -83,10 +88,12 @@ def make_app(
         RedisMessagingError: unavailable,
         Exception: failed,
     }
-    guard = Middleware(Guard, hosts=hosts, token=token)
+    failures = Failures()
+    guard = Middleware(Guard, hosts=hosts, token=token, failures=failures)
     app = Starlette(routes=routes, exception_handlers=handlers, middleware=[guard], lifespan=lifespan)
     app.router.redirect_slashes = False  # a path with a slash more is another path, and has nothing
-    app.state.tasks, app.state.token = Tasks(queue), token
+    app.state.tasks, app.state.token, app.state.failures = Tasks(queue), token, failures
+    app.state.ping_seconds = ping_seconds
     return app
 
 
@@ -121,7 +128,11 @@ async def login(request: Request) -> Response:
         form = parse_qs((await request.body()).decode(errors="replace"), max_num_fields=10)
     except ValueError as error:
         raise Problem(400, "the form has a token, and nothing else") from error
-    if not is_token(form.get("token", [""])[0], token):
+    failures: Failures = request.app.state.failures
+    if too_many := failures.refusal(address_of(request)):
+        return too_many
+    if not is_token(form.get("token", [""])[0].strip(), token):
+        failures.add(address_of(request))
         return RedirectResponse("/login?failed=1", 303)
     response = RedirectResponse("/", 303)
     secure = request.url.scheme == "https"
@@ -241,7 +252,7 @@ async def events_of_task(request: Request) -> Response:
         newest = await hub.redis.xrevrange(keys.stream(task_id), count=1)
         cursor = newest[0][0] if newest else "0-0"
     of = frames_of_ag_ui if request.query_params.get("format") else frames_of_task
-    return event_source(of(hub, task_id, cursor))
+    return event_source(request, of(hub, task_id, cursor))
 
 
 async def events_of_tasks(request: Request) -> Response:
@@ -251,17 +262,23 @@ async def events_of_tasks(request: Request) -> Response:
         raise Problem(400, f"name {MOST_TASKS} tasks at most, or none for all")
     last = request.headers.get("last-event-id") or request.query_params.get("since") or ""
     try:
-        cursors = split_cursors(last)
+        cursors, position = split_cursors(last)
     except ValueError as error:
         raise Problem(400, str(error)) from error
     if named:  # those that a cursor leaves out have ended
+        cursors = cursors or {}
         chosen = {task_id: cursors.get(task_id, "0") for task_id in named if not last or task_id in cursors}
         for task_id, cursor in chosen.items():
             if not await is_over(hub, task_id, cursor):
-                return event_source(frames_of_tasks(hub, chosen))
+                return event_source(request, frames_of_tasks(hub, chosen))
         return Response(status_code=204)
-    unfinished = await hub.redis.zrange(keys.UNFINISHED, 0, -1)
-    return event_source(frames_of_tasks(hub, {**dict.fromkeys(unfinished, "0"), **cursors}, everything=True))
+    since = hub.position if position is None else position
+    if since is None:
+        raise LostConnection("Redis has not been asked yet")
+    if position is None or cursors is None:  # a new client, or one that had too many tasks to name them
+        unfinished = await hub.redis.zrange(keys.UNFINISHED, "-inf", since, byscore=True)
+        cursors = {**dict.fromkeys(unfinished, "0"), **(cursors or {})}
+    return event_source(request, frames_of_tasks(hub, cursors, since))
 
 
 async def is_over(hub: Hub, task_id: str, cursor: str) -> bool:
@@ -273,8 +290,8 @@ async def is_over(hub: Hub, task_id: str, cursor: str) -> bool:
     return entry.get("event") in keys.TERMINAL and (cursor == "$" or order(cursor) == order(entry_id))
 
 
-def event_source(frames: AsyncIterator[bytes]) -> Response:
-    return EventSourceResponse(frames, ping=PING_SECONDS, shutdown_grace_period=GRACE_SECONDS)
+def event_source(request: Request, frames: AsyncIterator[bytes]) -> Response:
+    return EventSourceResponse(frames, ping=request.app.state.ping_seconds, shutdown_grace_period=GRACE_SECONDS)
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------
@@ -294,7 +311,7 @@ async def health(request: Request) -> Response:
 async def is_up(request: Request) -> bool:
     """Ask Redis, and not the hub, which knows only while somebody watches."""
     try:
-        await request.app.state.hub.redis.ping()
+        await request.app.state.hub.redis.exists(keys.RECENT)
     except (RedisError, RedisClusterException):
         return False
     return True

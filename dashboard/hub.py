@@ -1,6 +1,7 @@
 """One reader of Redis for all the watchers of this process.
 
-    reader     XREAD BLOCK over just the streams that somebody watches, 1,000 a connection at most
+    reader     XREAD BLOCK over just the streams that somebody watches, 1,000 a connection at most; in a cluster a
+               reader for each node, which polls, so that a node that fails holds up only its own streams
     watcher    an async iterator over the events of some tasks: history in pages, then what the reader brings
 
 A watcher joins within a round trip: CLIENT UNBLOCK ends the XREAD that runs, and the next one has its streams too. Each
@@ -19,7 +20,7 @@ from weakref import WeakSet
 
 from redis.asyncio import RedisCluster
 from redis.exceptions import ConnectionError as LostConnection
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import RedisClusterException, RedisError, SlotNotCoveredError
 
 from ailf.messaging.redis import Client, blocking_client, is_transient, reason_of
 from task_streams import Event, keys
@@ -28,7 +29,8 @@ from task_streams.retrying import delays
 
 BLOCK_MS = 5_000  # of one XREAD; whoever joins does not wait for its end
 STREAMS_PER_READER = 1_000  # more would make each XREAD slow
-POLL_SECONDS = 0.05  # between two reads in a cluster, where one command cannot read several slots
+POLL_SECONDS = 0.05  # between two reads of a cluster's node: one command cannot read several slots
+REGROUP_SECONDS = 1.0  # between two looks whether a cluster's streams are on their nodes still
 PAGE = 500  # entries of history per XRANGE, and of each stream per XREAD
 BUFFER = 1_000  # events that may wait for a watcher before it reads at its own pace
 COMMANDS_AT_ONCE = 8  # of all watchers together; each takes a connection as long as it lasts
@@ -42,10 +44,11 @@ logger = logging.getLogger(__name__)
 class Item:
     """An event of a task on its way to watchers; what they share is computed once."""
 
-    __slots__ = ("event", "frame", "task_id")
+    __slots__ = ("event", "frame", "is_notice", "task_id")
 
-    def __init__(self, task_id: str, event: Event) -> None:
+    def __init__(self, task_id: str, event: Event, is_notice: bool = False) -> None:
         self.task_id, self.event = task_id, event
+        self.is_notice = is_notice  # a `gap` or `reset` of the hub's own, not an entry that somebody named so
         self.frame: bytes | None = None  # for whoever encodes it
 
 
@@ -56,21 +59,27 @@ class Hub:
         self.given = redis
         self.client = blocking_client(redis, 0)  # of its own, since one that is strict about UTF-8 stops at a bad entry
         self.redis: Client = _Sparing(self)
-        self.is_up = True
+        self.away: set[str] = set()  # the nodes that do not answer, by name
+        self.position: int | None = None  # when the last tasks were put (ms) that who watches everything was offered
         self.watchers: dict[str, set[Watcher]] = {}  # task id -> who watches it
         # subtle: weak, since nobody tells of a watcher that was never iterated over (HEAD, or a client that went)
         self.everything: WeakSet[Watcher] = WeakSet()  # who watches every task
         self.on_event: Callable[[str], None] | None = None  # called with the entry id of each that a reader brings
         self._all: WeakSet[Watcher] = WeakSet()
+        self._is_cluster = isinstance(redis, RedisCluster)
         self._readers: list[_Reader] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._known: set[str] = set()  # new tasks that the last look has found
-        self._put_at = 0.0  # when the newest of them was put (ms)
 
     async def __aenter__(self) -> "Hub":
+        if self._is_cluster:
+            await self.client.initialize()  # from now on it knows which node holds what
+            self.client.reinitialize_steps = 0  # else it closes all connections at each fifth slot that has moved
         await self._look_around(self._find_new_tasks)  # before anybody asks: what is put after this is new
         self.spawn(self._keep_looking(self._find_new_tasks, NEW_TASKS_SECONDS))
         self.spawn(self._keep_looking(self._find_lost_streams, LOST_STREAMS_SECONDS))
+        if self._is_cluster:
+            self.spawn(self._look_after_nodes())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -84,23 +93,66 @@ class Hub:
             await reader.close()
         await self.client.aclose()
 
-    def watch(self, cursors: dict[str, str], everything: bool = False) -> "Watcher":
-        """Return a watcher of the events after a cursor (entry id) of each task; with `everything` of new tasks too."""
-        return Watcher(self, cursors, everything)
+    def watch(self, cursors: dict[str, str], since: int | None = None) -> "Watcher":
+        """Return a watcher of the events after a cursor (entry id) of each task; with `since`, a time in ms, also of
+        every task that was put after it, and that will be put."""
+        return Watcher(self, cursors, since)
 
     async def history(self, task_id: str, until: str) -> AsyncIterator[Event]:
-        """Yield the events up to an entry id, "$" for all, in pages."""
-        last = (
-            "+" if until == "$" else until if "-" in until else f"{until}-0"
-        )  # subtle: XRANGE takes it as its last ms
-        cursor = "-"
-        while page := await self.redis.xrange(keys.stream(task_id), cursor, last, count=PAGE):
+        """Yield the events up to an entry id, "$" for all, in pages; wait where Redis is away."""
+        # subtle: XRANGE takes an id without its number for the last one of that time
+        last = "+" if until == "$" else until if "-" in until else f"{until}-0"
+        cursor, wait = "-", delays()
+        while True:
+            try:
+                page = await self.redis.xrange(keys.stream(task_id), cursor, last, count=PAGE)
+            except (RedisError, RedisClusterException) as error:
+                if not may_pass(error):
+                    raise
+                await asyncio.sleep(next(wait))
+                continue
             for entry in page:
                 yield Event.from_entry(*entry)
-            cursor = f"({page[-1][0]}"
+            if not page:
+                return
+            cursor, wait = f"({page[-1][0]}", delays()
 
     def all_watchers(self) -> "WeakSet[Watcher]":
         return self._all
+
+    # -- nodes --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_up(self) -> bool:
+        return not self.away
+
+    @property
+    def core(self) -> str:
+        """The node that holds the queue and the records."""
+        return self.node_of(keys.RECENT)
+
+    def node_of(self, key: str) -> str:
+        """Return the name of the node that holds a key; "" where there is but one server."""
+        if not self._is_cluster:
+            return ""
+        try:
+            return str(self.client.get_node_from_key(key).name)
+        except SlotNotCoveredError:
+            return "no node"  # which is away as soon as somebody wants to read there
+
+    async def do(self, command: str, *args: Any, **options: Any) -> Any:
+        """Run one command, as `await do("xrange", key)`."""
+        if not self._is_cluster:
+            return await getattr(self.client, command)(*args, **options)
+        # subtle: in a pipeline. Where a node fails, a cluster's client closes its connections to all, and may then
+        # ask that very node what commands there are; its pipeline only fails.
+        async with self.client.pipeline() as pipe:
+            getattr(pipe, command)(*args, **options)
+            return (await pipe.execute())[0]
+
+    def is_readable(self, task_id: str) -> bool:
+        """Say whether the nodes answer that hold a task's stream and its record."""
+        return not self.away or self.away.isdisjoint((self.node_of(keys.stream(task_id)), self.core))
 
     # -- for watchers -------------------------------------------------------------------------------------------
 
@@ -119,9 +171,15 @@ class Hub:
             self.watchers[task_id].add(watcher)
             return
         self.watchers[task_id] = {watcher}
-        reader = next((one for one in self._readers if len(one.cursors) < STREAMS_PER_READER), None)
+        self.assign(task_id, last)
+
+    def assign(self, task_id: str, last: str) -> None:
+        """Let a reader of the node that holds a task's stream read it."""
+        node = self.node_of(keys.stream(task_id))
+        those = (one for one in self._readers if one.node == node and len(one.cursors) < STREAMS_PER_READER)
+        reader = next(those, None)
         if reader is None:
-            reader = _Reader(self)
+            reader = _Reader(self, node)
             self._readers.append(reader)
             self.spawn(reader.run())
         reader.add(task_id, last)
@@ -151,23 +209,23 @@ class Hub:
         for watcher in self.watchers.get(task_id, ()):
             watcher.push(item)
 
-    def went(self, error: Exception) -> None:
-        """Note that Redis is away, and tell the watchers."""
-        if self.is_up:
-            logger.warning("lost Redis (%s); waiting for it", reason_of(error))
-            self.is_up = False
-            self._tell_all()
+    def went(self, error: Exception, node: str) -> None:
+        """Note that a node is away, and tell the watchers whom it concerns."""
+        if node not in self.away:
+            logger.warning("lost Redis%s (%s); waiting for it", node and f" at {node}", reason_of(error))
+            self.away.add(node)
+            self._tell_all(node)
 
-    def came(self) -> None:
-        """Note that Redis is back: every watcher reads again from its cursors."""
-        if not self.is_up:
-            logger.warning("Redis is back")
-            self.is_up = True
-            self._tell_all()
+    def came(self, node: str) -> None:
+        """Note that a node is back: who watches a task there reads again from the cursor."""
+        if node in self.away:
+            logger.warning("Redis%s is back", node and f" at {node}")
+            self.away.remove(node)
+            self._tell_all(node)
 
-    def _tell_all(self) -> None:
+    def _tell_all(self, node: str) -> None:
         for watcher in self._all:
-            watcher.tell(self.is_up)
+            watcher.tell(node)
 
     # -- looking around -----------------------------------------------------------------------------------------
 
@@ -185,24 +243,41 @@ class Hub:
         except (RedisError, RedisClusterException) as error:
             if not may_pass(error):
                 logger.exception("cannot look around; trying again")
-            self.went(error)
+            self.went(error, self.core)
         else:
-            self.came()
+            self.came(self.core)
 
     async def _find_new_tasks(self) -> None:
-        """Let those who watch everything have each task that was put since the last look."""
-        since = self._put_at - OVERLAP_MS if self._put_at else "-inf"
-        found = await self.client.zrange(keys.RECENT, since, "+inf", byscore=True, withscores=True)
-        for task_id, _ in found if self._put_at else ():
+        """Let those who watch everything have each task that was put since the last look.
+
+        The position is a millisecond that is over, so all tasks up to it were put before the look, none after it.
+        """
+        target = {"target_nodes": self.client.get_node_from_key(keys.RECENT)} if self._is_cluster else {}
+        seconds, microseconds = await self.do("execute_command", "TIME", **target)
+        until = seconds * 1000 + microseconds // 1000 - 1
+        # the clock of a replica that took over may be behind, so look at some more
+        since = until if self.position is None else self.position - OVERLAP_MS
+        found = await self.do("zrange", keys.RECENT, since, until, byscore=True, withscores=True)
+        for task_id, put_at in found if self.position is not None else ():
             if task_id not in self._known:
                 for watcher in self.everything:
-                    watcher.offer(task_id)
-        self._known = {task_id for task_id, _ in found}
-        self._put_at = found[-1][1] if found else 1.0
+                    watcher.offer(task_id, put_at)
+        self._known, self.position = {task_id for task_id, _ in found}, until
 
     async def _find_lost_streams(self) -> None:
         """Let those read again whose stream has expired with its end unread, or whose entries have gone."""
-        cursors = {task_id: cursor for reader in self._readers for task_id, cursor in reader.cursors.items()}
+        for reader in list(self._readers):
+            if reader.node in self.away:
+                continue
+            try:
+                await self._find_lost_streams_of(reader)
+            except (RedisError, RedisClusterException) as error:
+                if not self._is_cluster or not may_pass(error):
+                    raise
+                self.went(error, reader.node)
+
+    async def _find_lost_streams_of(self, reader: "_Reader") -> None:
+        cursors = dict(reader.cursors)
         task_ids = list(cursors)
         for some in (task_ids[at : at + PAGE] for at in range(0, len(task_ids), PAGE)):
             async with self.client.pipeline(transaction=False) as pipe:
@@ -213,42 +288,74 @@ class Hub:
             for task_id, newest, status in zip(some, replies[::2], replies[1::2], strict=True):
                 last = newest[0][0] if newest else "0-0"
                 if order(last) < order(cursors[task_id]) or (not newest and status in keys.TERMINAL):
-                    for reader in self._readers:
-                        if task_id in reader.cursors:
-                            reader.add(task_id, last)
+                    if task_id in reader.cursors:
+                        reader.add(task_id, last)
                     for watcher in self.watchers.get(task_id, ()):
                         watcher.read_again(task_id)
+
+    async def _look_after_nodes(self) -> None:
+        """Of a cluster: ask those nodes again that are away, and give streams that have moved to the readers there."""
+        while True:
+            await asyncio.sleep(REGROUP_SECONDS)
+            try:
+                if self.away:
+                    await self.client.nodes_manager.initialize()  # after a failover others hold their slots
+                for reader in self._readers:
+                    moved = [t for t in reader.cursors if self.node_of(keys.stream(t)) != reader.node]
+                    for task_id in moved:
+                        self.assign(task_id, reader.cursors.pop(task_id))
+            except (RedisError, RedisClusterException) as error:
+                if not may_pass(error):
+                    logger.exception("cannot ask for the cluster's nodes; trying again")
+            await asyncio.gather(*map(self._ask, self.away - {self.core}))
+
+    async def _ask(self, node: str) -> None:
+        """Note that a node is back, if it holds nothing that is watched, or answers for one that is."""
+        watched = {task_id for watcher in self._all for task_id in watcher.cursors}
+        there = next((task_id for task_id in watched if self.node_of(keys.stream(task_id)) == node), None)
+        try:
+            if there is not None:
+                await self.do("exists", keys.stream(there))
+        except (RedisError, RedisClusterException) as error:
+            if not may_pass(error):
+                logger.exception("cannot read from %s; trying again", node)
+        else:
+            self.came(node)
 
 
 class _Sparing:
     """A client whose commands wait for each other beyond COMMANDS_AT_ONCE, and fail at once while Redis is away.
 
-    redis-py makes a connection for each command that runs, and a pool refuses the 101st.
+    redis-py makes a connection for each command that runs, and a pool refuses the 101st. The first argument is the key.
     """
 
     def __init__(self, hub: Hub) -> None:
         self._hub, self._room = hub, asyncio.Semaphore(COMMANDS_AT_ONCE)
 
-    def __getattr__(self, name: str) -> Any:
-        command = getattr(self._hub.client, name)
+    def __getattr__(self, command: str) -> Any:
+        hub = self._hub
 
-        async def call(*args: Any, **options: Any) -> Any:
+        async def call(key: str, *args: Any, **options: Any) -> Any:
             async with self._room:
-                if not self._hub.is_up:
+                if (node := hub.node_of(key)) in hub.away:
                     raise LostConnection("Redis is away")
-                return await command(*args, **options)
+                try:
+                    return await hub.do(command, key, *args, **options)
+                except (RedisError, RedisClusterException) as error:
+                    if may_pass(error):
+                        hub.went(error, node)  # who finds that it is back will tell
+                    raise
 
         return call
 
 
 class _Reader:
-    """One connection that reads up to STREAMS_PER_READER streams."""
+    """One connection that reads up to STREAMS_PER_READER streams of one node."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(self, hub: Hub, node: str) -> None:
+        self.hub, self.node = hub, node
         self.cursors: dict[str, str] = {}  # task id -> entry id after which it reads
-        self._blocking = blocking_client(hub.given, BLOCK_MS / 1000)
-        self._is_cluster = isinstance(hub.given, RedisCluster)
+        self._blocking = None if node else blocking_client(hub.given, BLOCK_MS / 1000)
         self._wanted = self._reading = 0  # how often streams were added; how many of these the XREAD under way knows
         self._added = asyncio.Event()
         self._is_unblocking = False
@@ -256,14 +363,15 @@ class _Reader:
 
     async def close(self) -> None:
         """Close the connection; run() has been cancelled."""
-        await self._blocking.aclose()
+        if self._blocking is not None:
+            await self._blocking.aclose()
 
     def add(self, task_id: str, cursor: str) -> None:
         """Read this stream too, at once."""
         self.cursors[task_id] = cursor
         self._wanted += 1
         self._added.set()
-        if not self._is_cluster and not self._is_unblocking:
+        if self._blocking is not None and not self._is_unblocking:
             self._is_unblocking = True
             self.hub.spawn(self._unblock())
 
@@ -279,15 +387,15 @@ class _Reader:
         wait = delays()
         while True:
             try:
-                async with aclosing(self._polled() if self._is_cluster else self._blocked()) as replies:
+                async with aclosing(self._blocked() if self._blocking else self._polled()) as replies:
                     async for reply in replies:
                         wait = delays()
-                        self.hub.came()
+                        self.hub.came(self.node)
                         self._bring(reply)
             except Exception as error:  # the boundary of this task: whatever it is, all these watchers depend on it
                 if not may_pass(error):
                     logger.exception("cannot read the streams; trying again")
-                self.hub.went(error)
+                self.hub.went(error, self.node)
                 await asyncio.sleep(next(wait))
 
     async def _until_watched(self) -> None:
@@ -297,6 +405,7 @@ class _Reader:
 
     async def _blocked(self) -> AsyncGenerator[list[Any]]:
         """Yield the replies of one XREAD BLOCK after the other, on one connection, whose id is known."""
+        assert self._blocking is not None
         async with self._blocking.client() as connection:
             try:
                 self._client_id = await connection.client_id()
@@ -309,14 +418,19 @@ class _Reader:
                 self._client_id = None
 
     async def _polled(self) -> AsyncGenerator[list[Any]]:
-        """Yield what a pipeline of an XREAD for each stream brings; a cluster's client splits it by nodes."""
+        """Yield what a pipeline of an XRANGE for each stream brings, all from one node of a cluster.
+
+        A stream that has moved is read where it is now (redis-py follows MOVED), until _look_after_nodes has noticed.
+        """
         while True:
             await self._until_watched()
-            async with self._blocking.pipeline() as pipe:
-                for task_id, cursor in self.cursors.items():
-                    pipe.xread({keys.stream(task_id): cursor}, count=PAGE)
+            streams = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
+            async with self.hub.client.pipeline() as pipe:
+                # subtle: not XREAD, of each of which redis-py would ask some node first where its keys are
+                for stream, cursor in streams.items():
+                    pipe.xrange(stream, f"({cursor}", "+", count=PAGE)
                 replies = await pipe.execute()
-            found = [pair for reply in replies for pair in reply or []]
+            found = [pair for pair in zip(streams, replies, strict=True) if pair[1]]
             yield found
             if not found:
                 await asyncio.sleep(POLL_SECONDS)
@@ -336,22 +450,36 @@ class Watcher:
     `cursors` maps each task that has not ended to the last entry id that was yielded: from there a new watcher goes on.
     """
 
-    def __init__(self, hub: Hub, cursors: dict[str, str], everything: bool) -> None:
+    def __init__(self, hub: Hub, cursors: dict[str, str], since: int | None) -> None:
         self.hub = hub
         self.cursors = dict(cursors)
         self._named = frozenset(cursors)
+        self._since = since
+        self._joined_at = hub.position or 0  # what was put up to then, the hub offers no more
+        self._has_begun = False
         self._from_now = [task_id for task_id, cursor in cursors.items() if cursor == "$"]
         self._seqs: dict[str, int | None] = {}
         self._joined: set[str] = set()
         self._behind = dict.fromkeys(cursors)  # tasks whose stream must be read from the cursor on, in order of coming
         self._queue: deque[Item] = deque()
-        self._notices: deque[bool] = deque([] if hub.is_up else [False], maxlen=2)
+        self._is_up = True  # as it was told
+        self._notices: deque[bool] = deque(maxlen=2)
         self._wake = asyncio.Event()
         self._closed = False
-        hub.enter(self, everything)
+        hub.enter(self, since is not None)
+        for node in hub.away:
+            self.tell(node)
 
-    def offer(self, task_id: str) -> None:
+    @property
+    def position(self) -> int:
+        """When the last tasks were put (ms) that `cursors` has, or that have ended and were yielded as a whole."""
+        assert self._since is not None
+        return max(self._since, self.hub.position or 0) if self._has_begun else self._since
+
+    def offer(self, task_id: str, put_at: float) -> None:
         """Watch a task that was put just now, from its start, unless it is one of those named at first."""
+        if self._since is not None and self._joined_at < put_at <= self._since:
+            return  # another dashboard, which was a little ahead, has sent it to this client
         if task_id not in self._named and task_id not in self.cursors:
             self.cursors[task_id] = "0"
             self.read_again(task_id)
@@ -373,10 +501,14 @@ class Watcher:
         self._behind[task_id] = None
         self._wake.set()
 
-    def tell(self, is_up: bool) -> None:
-        """Pass on that Redis went or came; after that nothing that it brought is taken for complete."""
-        self._notices.append(is_up)
-        self._behind.update(dict.fromkeys(self.cursors))
+    def tell(self, node: str) -> None:
+        """Note that a node went or came; after that nothing that it brought is taken for complete."""
+        there = [task_id for task_id in self.cursors if self.hub.node_of(keys.stream(task_id)) == node]
+        self._behind.update(dict.fromkeys(there))
+        is_up = self.hub.core not in self.hub.away and all(map(self.hub.is_readable, self.cursors))
+        if is_up != self._is_up:
+            self._is_up = is_up
+            self._notices.append(is_up)
         self._wake.set()
 
     def close(self) -> None:
@@ -390,12 +522,15 @@ class Watcher:
                 self._wake.clear()
                 if self._notices:
                     yield self._notices.popleft()
-                elif self._behind and self.hub.is_up:
-                    async for item in self._catch_up(next(iter(self._behind))):
+                elif not self._has_begun and self._can_begin():
+                    await self._begin()
+                elif not self._has_begun:
+                    await self._wake.wait()
+                elif (task_id := next(filter(self.hub.is_readable, self._behind), None)) is not None:
+                    async for item in self._catch_up(task_id):
                         yield item
-                        await asyncio.sleep(
-                            0
-                        )  # subtle: sending never waits where a socket has room, or is lost: let others run
+                        # subtle: sending never waits where a socket has room, or is lost: let others run
+                        await asyncio.sleep(0)
                 elif self._queue:
                     for item in self._take(self._queue.popleft()):
                         yield item
@@ -407,13 +542,31 @@ class Watcher:
             for task_id in list(self.cursors):
                 self._leave(task_id)
 
+    def _can_begin(self) -> bool:
+        return self.hub.core not in self.hub.away and all(map(self.hub.is_readable, self._from_now))
+
+    async def _begin(self) -> None:
+        """Find out what "$" is, and the tasks that were put since the position: before anything is yielded, so that
+        who goes on from the cursors later does not miss any."""
+        redis = self.hub.redis
+        try:
+            while self._from_now:
+                newest = await redis.xrevrange(keys.stream(self._from_now[-1]), count=1)
+                self.cursors[self._from_now.pop()] = newest[0][0] if newest else "0-0"
+            if self._since is not None and self._since < self._joined_at:
+                missed = await redis.zrange(keys.RECENT, f"({self._since}", self._joined_at, byscore=True)
+                for task_id in missed:
+                    self.offer(task_id, self._joined_at)
+        except (RedisError, RedisClusterException) as error:
+            if not may_pass(error):
+                raise
+        else:
+            self._has_begun = True
+
     async def _catch_up(self, task_id: str) -> AsyncIterator[Item]:
         """Yield what a stream holds after the cursor, in pages; join the reader first, so that nothing is missed."""
         redis, stream = self.hub.redis, keys.stream(task_id)
         try:
-            while self._from_now:  # before anything is yielded: who goes on from these cursors later must not miss any
-                newest = await redis.xrevrange(keys.stream(self._from_now[-1]), count=1)
-                self.cursors[self._from_now.pop()] = newest[0][0] if newest else "0-0"
             newest = await redis.xrevrange(stream, count=1)
             last = newest[0][0] if newest else "0-0"
             cursor = self.cursors[task_id]
@@ -421,7 +574,7 @@ class Watcher:
                 self._leave(task_id)  # it ended long ago, and its stream has expired
                 return
             if order(cursor) > order(last):
-                yield Item(task_id, Event(cursor, "reset", {"cursor": cursor, "last": last}))
+                yield Item(task_id, Event(cursor, "reset", {"cursor": cursor, "last": last}), is_notice=True)
                 cursor = "0"
             self.cursors[task_id], self._seqs[task_id] = cursor, seq_of(cursor)
             has_ended = bool(newest) and newest[0][1].get("event") in keys.TERMINAL
@@ -443,8 +596,7 @@ class Watcher:
             if not may_pass(error):
                 raise
             if task_id in self.cursors:
-                self._behind[task_id] = None
-            self.hub.went(error)  # who finds that it is back will tell
+                self._behind[task_id] = None  # it is read when its node is back
 
     def _take(self, item: Item) -> Iterator[Item]:
         """Yield an event that comes next, after a `gap` where some were trimmed; nothing if it came before."""
@@ -454,7 +606,8 @@ class Watcher:
         seq, before = event.fields.get("seq"), self._seqs[task_id]
         if isinstance(seq, int):
             if before is not None and seq > before + 1:
-                yield Item(task_id, Event(self.cursors[task_id], "gap", {"missed": seq - before - 1}))
+                missed = Event(self.cursors[task_id], "gap", {"missed": seq - before - 1})
+                yield Item(task_id, missed, is_notice=True)
             self._seqs[task_id] = seq
         self.cursors[task_id] = event.id  # subtle: not before the gap is out: who goes on from there has not this event
         if event.is_terminal:

@@ -1,11 +1,11 @@
 """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html): items of the hub as frames."""
 
-import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from ag_ui.core import BaseEvent
 
+from task_streams import keys
 from task_streams.log import check_cursor, order
 from task_streams.queue import check_id
 
@@ -16,23 +16,30 @@ from .problems import dumps
 RETRY_MS = 1000  # how long a browser waits before it connects again
 PING_SECONDS = 15  # between two comments, so that proxies keep an idle connection
 MAX_CURSOR_TASKS = 100  # tasks whose cursors fit into one id
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MAX_POSITION_DIGITS = 15  # of a time in ms
 
 
 def frame(data: Mapping[str, Any], event: str, entry_id: str | None = None) -> bytes:
     """Return one event. frame({"n": 1}, "progress", "17-1") -> b'id: 17-1\\nevent: progress\\ndata: {"n": 1}\\n\\n'"""
-    name = event if _NAME.fullmatch(event) else "message"  # an entry that somebody added by hand may say anything
     head = "" if entry_id is None else f"id: {entry_id}\n"
-    return f"{head}event: {name}\ndata: {dumps(data)}\n\n".encode()
+    return f"{head}event: {event}\ndata: {dumps(data)}\n\n".encode()
 
 
 def frame_of(item: Item) -> bytes:
     """Return an item's event, made once for all who watch it."""
     if item.frame is None:
         event = item.event
-        entry_id = None if event.name == "reset" else event.id
-        item.frame = frame(data_of(item), event.name, entry_id)
+        entry_id = None if item.is_notice and event.name == "reset" else event.id
+        item.frame = frame(data_of(item), name_of(item), entry_id)
     return item.frame
+
+
+def name_of(item: Item) -> str:
+    """Return the name under which an item is sent: `message`, where no browser would listen for its own.
+
+    An entry that somebody added by hand may say anything, also `gap`, `reset` or `redis`, which are the server's words.
+    """
+    return item.event.name if item.is_notice or item.event.name in keys.EVENTS else "message"
 
 
 def data_of(item: Item) -> dict[str, Any]:
@@ -63,8 +70,10 @@ async def frames_of_ag_ui(hub: Hub, task_id: str, cursor: str) -> AsyncIterator[
     yield f"retry: {RETRY_MS}\n\n".encode() + _ag_ui(mapper.prelude(), None)
     async for item in hub.watch({task_id: cursor}):
         if isinstance(item, Item):
-            entry_id = None if item.event.name == "reset" else item.event.id
-            yield _ag_ui(mapper.events(item.event), entry_id)
+            entry_id = None if item.is_notice and item.event.name == "reset" else item.event.id
+            yield _ag_ui(mapper.events(item.event, item.is_notice), entry_id)
+        else:
+            yield _ag_ui(mapper.redis(item), None)
 
 
 def _ag_ui(events: list[BaseEvent], entry_id: str | None) -> bytes:
@@ -74,36 +83,56 @@ def _ag_ui(events: list[BaseEvent], entry_id: str | None) -> bytes:
     return "".join(frames).encode()
 
 
-async def frames_of_tasks(hub: Hub, cursors: dict[str, str], everything: bool = False) -> AsyncIterator[bytes]:
-    """Yield the frames of several tasks: the id holds a cursor for each of them that has not ended."""
-    watcher = hub.watch(cursors, everything)
-    yield f"retry: {RETRY_MS}\n\n".encode()
+async def frames_of_tasks(hub: Hub, cursors: dict[str, str], since: int | None = None) -> AsyncIterator[bytes]:
+    """Yield the frames of several tasks: the id holds a cursor for each of them that has not ended.
+
+    With `since` also of the tasks that were put after that time (ms); then the id holds such a position, too, and a
+    first one comes at once: who is cut off before any event goes on from there.
+    """
+    watcher = hub.watch(cursors, since)
+    first = f"id: {join_cursors(cursors, since)}\n" if since is not None and "$" not in cursors.values() else ""
+    yield f"retry: {RETRY_MS}\n{first}\n".encode()
     async for item in watcher:
         if not isinstance(item, Item):
             yield frame_of_redis(item)
             continue
         # subtle: the item's own id last. While a `gap` is sent, the watcher's cursor is past the event that follows it.
         cursors = {**watcher.cursors, item.task_id: item.event.id}
-        yield frame(data_of(item), item.event.name, join_cursors(cursors))
+        position = None if since is None else watcher.position
+        yield frame(data_of(item), name_of(item), join_cursors(cursors, position))
 
 
 def frame_of_redis(is_up: bool) -> bytes:
     return frame({"redis": "up" if is_up else "down"}, "redis")
 
 
-def join_cursors(cursors: Mapping[str, str]) -> str | None:
-    """Return cursors as one event id, None where there are too many. join_cursors({"7": "17-1"}) -> '7=17-1'"""
-    if len(cursors) > MAX_CURSOR_TASKS:
+def join_cursors(cursors: Mapping[str, str], position: int | None = None) -> str | None:
+    """Return a position and cursors as one event id. join_cursors({"7": "17-1"}, 1700) -> '@1700,7=17-1'
+
+    Where there are too many cursors: with a position '@1700,*', for all that have not ended; else None.
+    """
+    are_too_many = len(cursors) > MAX_CURSOR_TASKS
+    if are_too_many and position is None:
         return None
-    return ",".join(f"{task_id}={cursor}" for task_id, cursor in cursors.items())
+    pairs = ["*"] if are_too_many else [f"{task_id}={cursor}" for task_id, cursor in cursors.items()]
+    return ",".join(pairs if position is None else [f"@{position}", *pairs])
 
 
-def split_cursors(text: str) -> dict[str, str]:
-    """Return the cursors in an event id of several tasks. Raises ValueError where it is none."""
-    pairs = [pair.rpartition("=") for pair in text.split(",")] if text else []
-    if len(pairs) > MAX_CURSOR_TASKS:
+def split_cursors(text: str) -> tuple[dict[str, str] | None, int | None]:
+    """Return the cursors (None for '*') and the position in an event id of several tasks. Raises ValueError."""
+    parts = text.split(",") if text else []
+    position = None
+    if parts and parts[0].startswith("@"):
+        digits = parts.pop(0)[1:]
+        if not (digits.isascii() and digits.isdigit() and len(digits) <= MAX_POSITION_DIGITS):
+            raise ValueError(f"not a position in an event id: {digits[:50]!r}")
+        position = int(digits)
+        if parts == ["*"]:
+            return None, position
+    if len(parts) > MAX_CURSOR_TASKS:
         raise ValueError(f"an event id of more than {MAX_CURSOR_TASKS} tasks")
-    return {check_id(task_id): cursor_of(cursor) for task_id, _, cursor in pairs}
+    pairs = [part.rpartition("=") for part in parts]
+    return {check_id(task_id): cursor_of(cursor) for task_id, _, cursor in pairs}, position
 
 
 def cursor_of(text: str) -> str:

@@ -7,9 +7,11 @@ tasks; it is read at most every half second, whoever asks.
 import hashlib
 import threading
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ailf.messaging.redis import from_json, to_json
 from task_streams import NoSuchTask, TaskLog, TaskQueue, keys
 from task_streams.queue import Malformed, parse_element
 from task_streams.worker import WORKER_NAME, cancel_task
@@ -27,6 +29,11 @@ STATES = {
 SAMPLES = Path(__file__).resolve().parents[1] / "sample_data"
 
 
+IN_LISTS = ("status", "attempts", "failures", "worker", "put_at", "started_at", "finished_at", "cancel")  # and `data`
+LISTED_DATA_BYTES = 2_000  # of a task's data as JSON in lists; of larger data a list has the beginning
+BEGINNING_CHARS = 300
+MOST_BEGINNINGS = 10_000  # remembered, so that large data is read once and not with each list
+
 T = TypeVar("T")
 
 
@@ -41,6 +48,7 @@ class Tasks:
         self.queue = queue
         self._lock = threading.Lock()
         self._statuses: dict[str, str] = {}  # id -> status, the newest first
+        self._beginning = lru_cache(MOST_BEGINNINGS)(self._read_beginning)
         self._read_at = -SNAPSHOT_SECONDS
 
     # -- looking ------------------------------------------------------------------------------------------------
@@ -77,10 +85,14 @@ class Tasks:
             ids = [task_id for task_id in ids if task_id not in newer]
         shown = ids[:limit]
         listed = self._listed() if any(statuses[task_id] == "waiting" for task_id in shown) else {}
-        records = {task_id: record for task_id, record in self._records(shown).items() if "status" in record}
+        records = {task_id: record for task_id, record in self._records(shown, *IN_LISTS).items() if record["status"]}
+        data = self._listed_data(records)
         running = [task_id for task_id, status in statuses.items() if status == "running"][:MOST_RUNNING]
         return {
-            "tasks": [self._describe(task_id, record, listed) for task_id, record in records.items()],
+            "tasks": [
+                {**self._describe(task_id, record | data[task_id][0], listed), **data[task_id][1]}
+                for task_id, record in records.items()
+            ],
             "next": shown[-1] if len(ids) > limit else None,
             "counts": {name: sum(status in group for status in statuses.values()) for name, group in STATES.items()},
             "queue_length": self.queue.redis.llen(keys.QUEUE),
@@ -107,14 +119,40 @@ class Tasks:
         return [{"name": name, "alive": name in names, "tasks": ids} for name, ids in tasks.items()]
 
     def _records(self, ids: list[str], *fields: str) -> dict[str, dict[str, Any]]:
-        """Return the records of tasks, or some of their fields, in one round trip."""
+        """Return some fields of the records of tasks, in one round trip; None for what a record has not."""
         with self.queue.redis.pipeline(transaction=False) as pipe:
             for task_id in ids:
-                pipe.hmget(keys.record(task_id), *fields) if fields else pipe.hgetall(keys.record(task_id))
+                pipe.hmget(keys.record(task_id), *fields)
             replies = pipe.execute()
-        if fields:
-            replies = [dict(zip(fields, reply, strict=True)) for reply in replies]
-        return dict(zip(ids, replies, strict=True))
+        return {task_id: dict(zip(fields, reply, strict=True)) for task_id, reply in zip(ids, replies, strict=True)}
+
+    def _listed_data(self, records: dict[str, dict[str, Any]]) -> dict[str, tuple[dict[str, str], dict[str, Any]]]:
+        """Return each task's `data` as lists have it: a record's field or, where it is large, what stands for it."""
+        ids = list(records)
+        with self.queue.redis.pipeline(transaction=False) as pipe:
+            for task_id in ids:
+                pipe.hstrlen(keys.record(task_id), "data")
+            sizes = dict(zip(ids, pipe.execute(), strict=True))
+        small = self._records([task_id for task_id in ids if sizes[task_id] <= LISTED_DATA_BYTES], "data")
+        found: dict[str, tuple[dict[str, str], dict[str, Any]]] = {}
+        for task_id in ids:
+            if task_id in small:
+                text = small[task_id]["data"]
+                found[task_id] = {} if text is None else {"data": text}, {"data_is_cut": False}
+            else:
+                kind, beginning = self._beginning(task_id, records[task_id]["put_at"], sizes[task_id])
+                found[task_id] = {}, {"type": kind, "data": beginning, "data_is_cut": True}
+        return found
+
+    def _read_beginning(self, task_id: str, _put_at: str, _size: int) -> tuple[str | None, str]:
+        """Return the type of a task with large data, and the beginning of its data as JSON."""
+        text = self.queue.redis.hget(keys.record(task_id), "data") or ""
+        try:
+            data = from_json(text)
+        except (RecursionError, ValueError):  # nested too deep; or not JSON, where somebody has spoilt it
+            data = None
+        kind = data.get("type") if isinstance(data, dict) else None
+        return kind if isinstance(kind, str) else None, text[:BEGINNING_CHARS]
 
     def _listed(self) -> dict[str, int]:
         """Return how many are ahead of each of the next tasks in the queue."""
@@ -160,16 +198,16 @@ class Tasks:
     # -- asking -------------------------------------------------------------------------------------------------
 
     def put(self, data: dict[str, Any], key: str | None) -> tuple[dict[str, Any], bool]:
-        """Put a task; return it, and whether it is new. The same idempotency key gives the same task; Conflict if that
-        was put with other data."""
+        """Put a task; return it, and whether it is new. The same idempotency key gives the same task, and is new once,
+        however many ask at once; Conflict if that was put with other data. Raises ValueError and TypeError as put()."""
         if key is None:
             return self.get(self._after(self.queue.put(data)).id), True
         task_id = f"key-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        known = self.queue.get(task_id) is not None
-        task = self._after(self.queue.put(data, id=task_id))
+        self.queue.check(data)
+        task, is_new = self._after(self.queue._put_as(task_id, to_json(data)))
         if task.data != data:
             raise Conflict("that Idempotency-Key was used for another task")
-        return self.get(task_id), not known
+        return self.get(task_id), is_new
 
     def cancel(self, task_id: str, reason: str) -> str:
         """Return "cancelled" or "requested". Raises NoSuchTask; Conflict where the task has ended."""
@@ -177,6 +215,9 @@ class Tasks:
             return self._after(cancel_task(self.queue, task_id, reason))
         except ValueError as error:
             raise Conflict(str(error)) from error
+        except NoSuchTask:
+            self._refuse_unclaimed(task_id)
+            raise
 
     def retry(self, task_id: str) -> dict[str, Any]:
         """Put a failed task again, and return the new one. Raises NoSuchTask; Conflict where it has not failed."""
@@ -184,6 +225,15 @@ class Tasks:
             return self.get(self._after(self.queue.requeue(task_id)).id)
         except ValueError as error:
             raise Conflict(str(error)) from error
+        except NoSuchTask:
+            self._refuse_unclaimed(task_id)
+            raise
+
+    def _refuse_unclaimed(self, task_id: str) -> None:
+        """Raise Conflict for a task that was pushed by hand: until a worker claims it, it is but an element of the
+        list, and has no record that could say what is asked of it."""
+        if self.queue.is_listed(task_id):
+            raise Conflict(f"task {task_id} was pushed by hand and is not claimed yet: it can only be waited for")
 
     def _after(self, outcome: T) -> T:
         """Let the next list be read anew: whoever changes something sees it."""
@@ -197,8 +247,9 @@ class Tasks:
         return [f"{SAMPLES.name}/{path.name}" for path in files]
 
 
-def _decoded(record: dict[str, str]) -> dict[str, Any]:
+def _decoded(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record's fields as values, without the data that is nested too deep to be read."""
+    record = {name: text for name, text in record.items() if text is not None}
     try:
         return TaskQueue.decode_record(record)
     except RecursionError:

@@ -41,7 +41,11 @@ def story(*entries: str | tuple[str, dict[str, Any]]) -> list[Event]:
 
 def tell(mapper: Mapper, entries: list[Event]) -> list[TOLD]:
     """Map entries to what is sent: JSON, and back."""
-    return [json.loads(event.model_dump_json(by_alias=True)) for entry in entries for event in mapper.events(entry)]
+    return [
+        json.loads(event.model_dump_json(by_alias=True))
+        for entry in entries
+        for event in mapper.events(entry, entry.name in ("gap", "reset"))
+    ]
 
 
 def tell_all(*entries: str | tuple[str, dict[str, Any]]) -> list[TOLD]:

@@ -4,9 +4,10 @@
 // build anything, and it knows no HTML.
 
 const REQUEST_SECONDS = 30; // the server itself waits 15 s for a Redis that is away
+const ID_CHARS = 16;
 const FOLD_CHARS = 1_200; // of a text that is shown unfolded
 const FOLD_LINES = 12;
-const LINE_CHARS = 76; // of JSON that stays on one line
+const LINE_CHARS = 88; // of JSON that stays on one line
 const CHUNK_CHARS = 16_000; // of an unfolded text in one block: the browser lays out only the blocks in view
 const SKEW_MS = 2_000; // a server's clock that is nearer than this is taken to be ours
 
@@ -73,12 +74,17 @@ export async function api(path, { method = "GET", text, headers = {} } = {}) {
 
   const value = parsed(body);
   if (response.ok && value !== undefined) return value;
-  const { title, detail } = value ?? {}; // application/problem+json
-  const said = [title, detail].filter((part) => typeof part === "string" && part);
-  throw new ApiError(response.status, said.join(": ") || `The server answered ${response.status} ${response.statusText}.`);
+  const said = asText(value?.detail) || `the server answered ${response.status} ${response.statusText}`;
+  throw new ApiError(response.status, `${said[0].toUpperCase()}${said.slice(1).replace(/\.$/, "")}.`); // application/problem+json
 }
 
 export const taskPath = (id) => `/tasks/${encodeURIComponent(id)}`;
+
+/** Build a link to a task's page, with as much of its id as fits between other words. */
+export function taskLink(id, before = "") {
+  const shown = id.length > ID_CHARS ? `${id.slice(0, ID_CHARS - 1)}…` : id;
+  return element("a", { href: taskPath(id), title: id }, before + shown);
+}
 
 /** Parse JSON; undefined where it is none. */
 export function parsed(text) {
@@ -115,14 +121,15 @@ function prettyJson(value, indent = "") {
   return `${open}\n${inner}${items.join(`,\n${inner}`)}\n${indent}${close}`;
 }
 
-/** 850 -> "850 ms"; 2551 -> "2.55 s"; 75000 -> "1 min 15 s"; 7500000 -> "2 h 5 min" */
+/** 850 -> "850 ms"; 2551 -> "2.55 s"; 75000 -> "1 min 15 s"; 120000 -> "2 min"; 7500000 -> "2 h 5 min" */
 export function duration(ms) {
   if (typeof ms !== "number" || !Number.isFinite(ms)) return "";
   const all = Math.max(0, Math.round(ms));
   if (all < 1_000) return `${all} ms`;
   if (all < 59_950) return `${(all / 1_000).toFixed(all < 9_995 ? 2 : 1)} s`;
   const seconds = Math.round(all / 1_000);
-  if (seconds < 3_600) return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
+  const rest = seconds % 60 ? ` ${seconds % 60} s` : "";
+  if (seconds < 3_600) return `${Math.floor(seconds / 60)} min${rest}`;
   const minutes = Math.round(seconds / 60);
   if (minutes < 48 * 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
   return `${Math.floor(minutes / 1_440)} d ${Math.floor((minutes % 1_440) / 60)} h`;
@@ -136,6 +143,12 @@ export function ago(ms) {
   if (seconds < 3_600) return `${Math.floor(seconds / 60)} min ago`;
   if (seconds < 86_400) return `${Math.floor(seconds / 3_600)} h ago`;
   return new Date(ms).toLocaleDateString();
+}
+
+/** The time since then, in whole seconds: it is written anew each second. */
+export function sinceThen(ms) {
+  const seconds = Math.max(0, Math.floor((now() - ms) / 1_000));
+  return seconds < 60 ? `for ${seconds} s` : `for ${duration(seconds * 1_000)}`;
 }
 
 /** The time since a beginning, always in the same unit so that a column of them is read at a glance: "+0.51 s" */

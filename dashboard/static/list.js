@@ -2,7 +2,8 @@
 // once a second and only while somebody looks. Progress is drawn from the events themselves.
 
 import {
-  TERMINAL, ago, api, byId, count, duration, element, moment, now, percentOf, placeOf, setText, summaryOf, taskPath,
+  TERMINAL, ago, api, byId, count, duration, element, moment, percentOf, placeOf, setText, sinceThen, summaryOf, taskLink,
+  taskPath,
 } from "./common.js";
 import { follow, setAway } from "./live.js";
 
@@ -11,7 +12,7 @@ const REFRESH_MS = 1_000; // between two GETs, at least
 const POLL_MS = 5_000; // and at most: a task that only waits writes no event, and neither does an idle worker
 const SEARCH_MS = 250; // after the last key
 const ANNOUNCE_MS = 5_000; // between two sentences for a screen reader
-const CHANGES = new Set([...TERMINAL, "started", "error", "worker_lost", "gap", "reset"]); // of a task's state
+const CHANGES = new Set([...TERMINAL, "started", "error", "worker_lost"]); // of a task's state
 
 const rows = new Map(); // task id -> {row, task, parts}
 let order = []; // the ids on the page, as they stand
@@ -87,7 +88,8 @@ async function load() {
 // -- drawing --------------------------------------------------------------------------------------------------
 
 function draw({ tasks, next, counts, queue_length: queued, workers }) {
-  for (const [name, number] of Object.entries(counts)) {
+  const all = Object.values(counts).reduce((sum, number) => sum + number, 0);
+  for (const [name, number] of Object.entries({ "": all, ...counts })) {
     const link = document.querySelector(`#filter [data-filter="${CSS.escape(name)}"] .count`);
     if (link) setText(link, number.toLocaleString("en"));
   }
@@ -116,7 +118,7 @@ function drawTasks(tasks) {
     const { row } = rows.get(id);
     if (list.children[place] !== row) list.insertBefore(row, list.children[place] ?? null);
   });
-  const empty = view.q || view.state || view.before ? "No task matches." : "No tasks yet. Put one with the form.";
+  const empty = view.q || view.state || view.before ? "No task matches." : "No tasks yet. Put one with the form “New task”.";
   setText(byId("empty"), empty);
   byId("empty").hidden = tasks.length > 0;
 }
@@ -133,7 +135,7 @@ function newRow(id) {
   const link = element(
     "a",
     { href: taskPath(id) },
-    element("span", { class: "id" }, id),
+    element("span", { class: "id", title: id }, id),
     element("span", { class: "about" }, parts.type, " ", parts.what),
     parts.state,
     element("span", { class: "doing" }, parts.bar, parts.how),
@@ -149,6 +151,7 @@ function drawRow(id) {
   setText(parts.state, task.status === "retrying" ? "retrying" : task.state);
   setText(parts.type, task.type ?? "no type");
   setText(parts.what, summaryOf(task));
+  parts.what.title = parts.what.textContent;
   const percent = task.state === "running" ? percentOf(task.percent) : null;
   parts.bar.hidden = percent === null;
   if (percent !== null) parts.bar.value = percent;
@@ -165,11 +168,11 @@ function drawTimes(id) {
 }
 
 function howOf(task) {
-  const took = task.started_at && task.finished_at ? duration(task.finished_at - task.started_at) : "";
+  const took = task.started_at && task.finished_at > task.started_at ? duration(task.finished_at - task.started_at) : "";
   const attempts = task.attempts > 1 ? `attempt ${task.attempts}` : "";
   if (task.state === "waiting") return [placeOf(task), attempts && `after ${attempts}`].filter(Boolean).join(" · ");
   if (task.state !== "running") return [took && `took ${took}`, attempts].filter(Boolean).join(" · ");
-  const since = task.started_at ? duration(Math.floor((now() - task.started_at) / 1_000) * 1_000) : "";
+  const since = task.started_at ? sinceThen(task.started_at) : "";
   const step = typeof task.step === "string" ? task.step : "";
   return [task.cancel ? "stops soon" : step, attempts, since].filter(Boolean).join(" · ");
 }
@@ -177,7 +180,7 @@ function howOf(task) {
 function drawWorkers(workers) {
   const none = "No worker is alive. Start one: python agent_consumer.py";
   const items = workers.map(({ name, tasks }) => {
-    const links = tasks.flatMap((id, place) => [place ? ", " : "", element("a", { href: taskPath(id) }, id)]);
+    const links = tasks.flatMap((id, place) => [place ? ", " : "", taskLink(id)]);
     const doing = tasks.length ? element("span", {}, tasks.length > 1 ? "tasks " : "task ", ...links) : "idle";
     return element("li", { "data-worker": name }, element("code", {}, name), element("span", { class: "muted" }, doing));
   });
@@ -248,7 +251,7 @@ async function put(submitted) {
     const text = `{"type": ${JSON.stringify(type.value.trim())}, "payload": ${payload.value}}`;
     const task = await api("/api/tasks", { method: "POST", text, headers: { "Idempotency-Key": key } });
     key = "";
-    byId("put-status").replaceChildren("Queued: ", element("a", { href: taskPath(task.id) }, `watch task ${task.id}`));
+    byId("put-status").replaceChildren("Queued: ", taskLink(task.id, "watch task "));
     refresh(true);
   } catch (error) {
     if (error.status >= 400 && error.status < 500) key = "";
@@ -326,7 +329,6 @@ function inPlace(click) {
 
 function setUp() {
   for (const link of document.querySelectorAll("#filter a")) link.append(" ", element("span", { class: "count" }));
-  byId("filter").querySelector('[data-filter=""] .count').remove();
   byId("filter").addEventListener("click", inPlace);
   for (const id of ["older", "newest"]) byId(id).addEventListener("click", inPlace);
   byId("search").addEventListener("submit", (submitted) => submitted.preventDefault());
@@ -345,7 +347,7 @@ function setUp() {
   setUpForm();
   drawControls();
   load();
-  follow({ url: () => "/api/events", onEvent, onOpen: () => refresh() });
+  follow({ url: () => "/api/events", onEvent, onNotice: () => refresh(), onOpen: () => refresh() });
 }
 
 setUp();

@@ -9,10 +9,11 @@ const AGAIN_MS = 1_000; // before the first new try; doubled with each
 const AGAIN_AT_MOST_MS = 10_000;
 const HIDDEN_MS = 30_000; // a tab hidden for longer gives its connection back: browsers allow six, over all tabs
 
-// The names of docs/events.md, and what the server adds. An entry with a name of its own comes as "message".
+// The names of docs/events.md. An entry with a name of its own comes as "message".
+const NOTICES = new Set(["gap", "reset"]); // what the server itself says
 const NAMES = [
   "started", "processing", "chain_of_thought", "llm_delta", "llm_response", "tool_usage", "progress", "rate_limited",
-  "error", "worker_lost", "completed", "failed", "cancelled", "gap", "reset", "message",
+  "error", "worker_lost", "completed", "failed", "cancelled", "message", ...NOTICES,
 ];
 
 const away = new Set(); // "server", "redis"
@@ -48,10 +49,11 @@ async function statusOf(url) {
 /**
  * Follow a stream of events until close() is called.
  *
- * `url()` is asked at each new connection, for it may hold a cursor. `onEvent(name, data, text)` gets each event; `onOpen()`
- * follows each connection that stands; `onOver(status)` says that the server has no more to send (204) or refuses for good.
+ * `url()` is asked at each new connection, for it may hold a cursor. `onEvent(name, data, text)` gets each entry;
+ * `onNotice(name, data)` what the server itself says of a stream, a `gap` or a `reset`; `onOpen()` follows each connection that
+ * stands; `onOver(status)` says that the server has no more to send (204) or refuses for good.
  */
-export function follow({ url, onEvent, onOpen, onOver }) {
+export function follow({ url, onEvent, onNotice, onOpen, onOver }) {
   let source = null;
   let timer = 0;
   let pause = AGAIN_MS;
@@ -78,7 +80,9 @@ export function follow({ url, onEvent, onOpen, onOver }) {
     }
     const data = parsed(message.data);
     if (data === undefined || closed) return;
-    onEvent(typeof data.event === "string" ? data.event : message.type, data, message.data);
+    // a task's own event called `gap` comes as `message`; its true name is in the data
+    if (NOTICES.has(message.type)) onNotice(message.type, data);
+    else onEvent(typeof data.event === "string" ? data.event : message.type, data, message.data);
   }
 
   async function broken(from) {

@@ -23,6 +23,7 @@ export class Story {
     this.tools = new Map(); // call -> its block
     this.last = null; // the last block
     this.lastError = undefined;
+    this.asked = NaN; // ms: when the LLM was asked, if its answer comes next
   }
 
   /** Tell one entry. `at` is its time in ms, NaN where it has none. */
@@ -32,6 +33,7 @@ export class Story {
     if (!["llm_delta", "llm_response"].includes(name)) this.#closeWords();
     const tell = Object.hasOwn(TELL, name) ? TELL[name] : tellOther; // an event may be called `constructor`
     tell(this, entry, at, name);
+    this.asked = name === "rate_limited" ? at + Number(entry.wait_ms) : at;
   }
 
   /** Tell what no entry says: a gap or a reset. */
@@ -113,16 +115,14 @@ const TELL = {
       const text = document.createTextNode("");
       const before = element("span", { class: "muted" });
       const name = label("LLM");
-      const shown = element("div", { class: "text data" }, before, text);
-      const body = story.block("llm_response", entry, at, name, shown);
+      const body = story.block("llm_response", entry, at, name, element("div", { class: "text data" }, before, text));
       const block = body.parentNode;
       block.classList.add("growing");
-      story.words = { block, body, name, shown, text, before, all: "", cut: 0, from: at };
+      story.words = { block, body, name, text, before, cut: 0, from: Math.min(story.asked, at) };
     } else {
       story.mark(story.words.block, entry);
     }
     const words = story.words;
-    words.all += asText(entry.text);
     words.text.appendData(asText(entry.text));
     if (words.text.length > 2 * STREAMING_CHARS) {
       words.cut += words.text.length - STREAMING_CHARS;
@@ -194,11 +194,12 @@ const TELL = {
   },
 
   completed(story, entry, at) {
-    const result = entry.result;
-    const summary = result !== null && typeof result === "object" ? result.summary : result;
-    const said = typeof summary === "string" ? longText(summary, "prose") : null;
-    const body = story.block("completed", entry, at, ending("Completed", "in", entry.duration_ms), said);
-    if (said === null || result !== summary) body.append(named("result", result));
+    const { result } = entry;
+    const { summary, ...details } = result !== null && typeof result === "object" ? result : { summary: result };
+    const body = story.block("completed", entry, at, ending("Completed", "in", entry.duration_ms));
+    if (typeof summary !== "string") body.append(named("result", result));
+    else body.append(longText(summary, "prose"));
+    if (typeof summary === "string" && Object.keys(details).length) body.append(named("details", details));
   },
 
   failed(story, entry, at) {

@@ -28,7 +28,7 @@ const timeline = new Timeline(byId("timeline"));
 const raw = new RawEntries(byId("raw-entries"));
 
 const seen = new Set(); // entry ids that have arrived
-const pending = []; // entries that have arrived and are not told yet
+const pending = []; // what has arrived and is not told yet: functions that tell it
 window.shownEntries = []; // entry ids that are told
 
 let record = null; // the task, as GET tells it
@@ -47,18 +47,20 @@ let stream = null;
 // -- entries --------------------------------------------------------------------------------------------------
 
 function onEvent(name, data, text) {
-  if (name === "gap" || name === "reset") {
-    if (name === "reset") {
-      cursor = "";
-      seen.clear();
-    }
-    pending.push({ name, data });
-  } else if (typeof data.id === "string" && !seen.has(data.id)) {
-    seen.add(data.id);
-    cursor = data.id;
-    pending.push({ name, data, text });
-    if (TERMINAL.has(name)) stream.close(); // nothing follows; left open, it would connect again
+  if (typeof data.id !== "string" || seen.has(data.id)) return;
+  seen.add(data.id);
+  cursor = data.id;
+  pending.push(() => tell(name, data, text));
+  if (TERMINAL.has(name)) stream.close(); // nothing follows; left open, it would connect again
+  schedule();
+}
+
+function onNotice(name, data) {
+  if (name === "reset") {
+    cursor = "";
+    seen.clear();
   }
+  pending.push(name === "reset" ? startAnew : () => tellGap(data));
   schedule();
 }
 
@@ -81,7 +83,7 @@ function schedule() {
 function tellBatch() {
   const until = performance.now() + BATCH_MS;
   let taken = 0;
-  while (taken < pending.length && performance.now() < until) tell(pending[taken++]);
+  while (taken < pending.length && performance.now() < until) pending[taken++]();
   pending.splice(0, taken);
   raw.draw();
   draw();
@@ -89,16 +91,12 @@ function tellBatch() {
   schedule();
 }
 
-function tell({ name, data, text }) {
-  if (name === "gap") {
-    const missed = asText(data.missed);
-    story.notice(name, `${missed} earlier ${missed === "1" ? "entry is" : "entries are"} gone: the stream was trimmed.`);
-    return;
-  }
-  if (name === "reset") {
-    startAnew();
-    return;
-  }
+function tellGap(data) {
+  const missed = asText(data.missed);
+  story.notice("gap", `${missed} earlier ${missed === "1" ? "entry is" : "entries are"} gone: the stream was trimmed.`);
+}
+
+function tell(name, data, text) {
   const at = Date.parse(data.timestamp);
   window.shownEntries.push(data.id);
   raw.add(name, data.id, text);
@@ -121,7 +119,6 @@ function take(name, data) {
     ended = data;
     change(name, name);
     setTimeout(() => (live = false), SETTLE_MS);
-    if (name === "completed" && percent !== null) percent = 100;
   } else if (name === "started") {
     percent = null;
     doing = "";
@@ -197,7 +194,7 @@ function draw() {
   }
   const running = state === "running";
   const known = percent ?? percentOf(record?.percent);
-  byId("progress").hidden = known === null || !(running || status === "retrying" || ended);
+  byId("progress").hidden = known === null || !(running || status === "retrying");
   if (known !== null) byId("progress").value = known;
   setText(byId("doing"), doingOf(state, status, known));
   const share = running && known !== null ? ` ${Math.round(known)} %` : "";
@@ -214,29 +211,32 @@ function draw() {
   const place = state === "waiting" ? placeOf(stateNow()) : "";
   byId("waiting").hidden = !(none && state === "waiting");
   setText(byId("waiting"), `The task waits for a worker${place ? `: ${place}` : ""}. Its story appears here by itself.`);
-  const entries = count(window.shownEntries.length, "entry", "entries");
-  setText(byId("entries"), cursor ? `${entries}, the last ${cursor}` : entries);
+  setText(byId("entries"), count(window.shownEntries.length, "entry", "entries"));
+  byId("entries").title = cursor && `the last: ${cursor}`;
   drawFacts(state);
 }
 
 function doingOf(state, status, known) {
   if (state === "waiting") return placeOf(status === "retrying" ? { status } : (record ?? {}));
+  if (TERMINAL.has(state)) return tookMs() > 0 ? `took ${duration(tookMs())}` : "";
   if (state !== "running") return "";
   return [known === null ? "" : `${Math.round(known)} %`, doing || asText(record?.step ?? "")].filter(Boolean).join(" · ");
 }
+
+const startedAt = () => firstStart ?? record?.started_at ?? NaN; // no number where nobody began: all that follows is none
+const tookMs = () => (ended ? Date.parse(ended.timestamp) : record?.finished_at) - startedAt();
 
 let factsShown = "";
 
 function drawFacts(state) {
   if (record === null) return;
   const { put_at: putAt } = record;
-  const startedAt = firstStart ?? record.started_at;
-  const finishedAt = ended ? Date.parse(ended.timestamp) : record.finished_at;
+  const waited = startedAt() - (putAt ?? NaN);
   const facts = [
     ["type", record.type],
     ["put", putAt && `${clock(putAt)}, ${ago(putAt)}`, putAt && moment(putAt)],
-    ["waited", startedAt && putAt && duration(startedAt - putAt)],
-    ["took", startedAt && finishedAt && TERMINAL.has(state) && duration(finishedAt - startedAt)],
+    ["waited", waited >= 0 && duration(waited)],
+    ["took", TERMINAL.has(state) && tookMs() > 0 && duration(tookMs())],
     ["attempts", attempt ?? (record.attempts || null)],
     ["worker", worker ?? record.worker],
     ["to be cancelled", !TERMINAL.has(state) && record.cancel],
@@ -249,7 +249,10 @@ function drawFacts(state) {
       element("div", {}, element("dt", {}, name), element("dd", { title: title || null }, asText(value).slice(0, 200))),
     ),
   );
-  if (!byId("data").firstChild) byId("data").append(longText(asText(record.data, true), "data"));
+  if (byId("data").firstChild) return;
+  const { data } = record;
+  const asked = data !== null && typeof data === "object" && Object.hasOwn(data, "payload") ? data.payload : data;
+  byId("data").append(longText(asText(asked, true), "data"));
 }
 
 // -- following the end ----------------------------------------------------------------------------------------
@@ -339,13 +342,13 @@ async function onOver(status) {
 
 function open() {
   const url = () => `${apiPath}/events${cursor && `?since=${encodeURIComponent(cursor)}`}`;
-  stream = follow({ url, onEvent, onOpen: () => look(SOON_MS), onOver });
+  stream = follow({ url, onEvent, onNotice, onOpen: () => look(SOON_MS), onOver });
 }
 
 async function setUp() {
   document.title = `Task ${id}`;
   byId("title").append(` ${id}`);
-  if (matchMedia(NARROW).matches) byId("timeline-fold").open = false;
+  if (matchMedia(NARROW).matches) byId("about-fold").open = byId("timeline-fold").open = false; // the story comes first
   byId("cancel").addEventListener("click", cancel);
   byId("retry").addEventListener("click", retry);
   byId("raw").addEventListener("click", () => {

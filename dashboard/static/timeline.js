@@ -70,16 +70,14 @@ export class Timeline {
       this.#begin(key, "tool", toolOf(entry), entry, at);
       return;
     }
-    if (this.open.has(key)) {
-      this.#close(key, at);
-      return;
-    }
-    const took = typeof entry.duration_ms === "number" ? entry.duration_ms : 0; // its start was trimmed away
-    this.steps.push({ kind: "tool", name: toolOf(entry), entry: entry.id, from: at - took, to: at });
+    const took = typeof entry.duration_ms === "number" ? entry.duration_ms : null;
+    const step = this.#close(key, at);
+    if (step) step.took = took; // as the tool itself has measured it
+    else this.steps.push({ kind: "tool", name: toolOf(entry), entry: entry.id, from: at - took, to: at }); // start trimmed
   }
 
   #begin(key, kind, name, entry, from) {
-    const step = { kind, name, entry: entry.id, from, to: NaN };
+    const step = { kind, name, entry: entry.id, from, to: NaN, took: null };
     this.steps.push(step);
     this.open.set(key, step);
     return step;
@@ -140,7 +138,7 @@ export class Timeline {
     const { row, bar, took } = this.rows.get(step.entry);
     if (this.bars.children[place] !== row) this.bars.insertBefore(row, this.bars.children[place] ?? null);
     row.toggleAttribute("data-lasts", !Number.isFinite(step.to));
-    setText(took, duration(length));
+    setText(took, duration(step.took ?? length));
     // through the CSSOM, which the Content-Security-Policy allows; a style attribute would be refused
     const width = Math.max((100 * length) / whole, SMALLEST_PERCENT);
     bar.style.width = `${width}%`;

