@@ -17,39 +17,41 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from ailf.messaging.redis import Client, is_transient
 
-Call = tuple[Sequence[str], Sequence[Any]]  # keys and arguments of a script
+Call = tuple[Any, Sequence[str], Sequence[Any]]  # a script (redis-py's), its keys and arguments
 
 
-def run_many(client: Client, script: Any, calls: Sequence[Call]) -> list[Any]:
-    """Run a script once for each (keys, args), in one round trip; a cluster's client takes them one by one.
+def run_many(client: Client, calls: Sequence[Call]) -> list[Any]:
+    """Run scripts in order, in one round trip; a cluster's client takes them one by one. All of them may be repeated.
 
     Returns the replies; where the server refuses one call, the error is its reply. Raises redis-py's error where Redis
     is away, or refuses for a while: then any of the calls may have been carried out.
     """
     if len(calls) <= 1 or isinstance(client, RedisCluster):
-        return [_run(script, call) for call in calls]
-    replies = _send(client, script, calls)
-    if any(isinstance(reply, NoScriptError) for reply in replies):
-        client.script_load(script.script)  # the server does not know it yet, or has restarted: it has run none of them
-        replies = _send(client, script, calls)
+        return [_run(call) for call in calls]
+    replies = _send(client, calls)
+    if any(isinstance(reply, NoScriptError) for reply in replies):  # not sent yet, or the server has restarted
+        for source in {script.script for script, _, _ in calls}:
+            client.script_load(source)
+        replies = _send(client, calls)
     for reply in replies:
         if isinstance(reply, Exception) and is_transient(reply):
             raise reply
     return replies
 
 
-def _run(script: Any, call: Call) -> Any:
+def _run(call: Call) -> Any:
+    script, keys, args = call
     try:
-        return script(keys=call[0], args=call[1])
+        return script(keys=keys, args=args)
     except ResponseError as error:
         if is_transient(error):
             raise
         return error
 
 
-def _send(client: Client, script: Any, calls: Sequence[Call]) -> list[Any]:
+def _send(client: Client, calls: Sequence[Call]) -> list[Any]:
     with client.pipeline(transaction=False) as pipe:
-        for keys, args in calls:  # subtle: not script(client=pipe), which asks by SCRIPT EXISTS before each batch
+        for script, keys, args in calls:  # subtle: not script(client=pipe), which asks by SCRIPT EXISTS each time
             pipe.evalsha(script.sha, len(keys), *keys, *args)
         return list(pipe.execute(raise_on_error=False))
 
@@ -74,15 +76,11 @@ class SharedScript:
         self._waiting: list[_Waiting] = []
         self._is_sending = False
 
-    def many(self, calls: Sequence[Call]) -> list[Any]:
-        """Run it for several calls of this thread: see run_many."""
-        return run_many(self._client, self._script, calls)
-
     def __call__(self, *, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run the script; return its reply, or raise redis-py's error. Blocks for a round trip or two."""
         if isinstance(self._client, RedisCluster):  # whose client sends them one by one: better each on its own
             return self._script(keys=keys, args=args)
-        mine = _Waiting((keys, args))
+        mine = _Waiting((self._script, keys, args))
         with self._mutex:
             self._waiting.append(mine)
             leads, self._is_sending = not self._is_sending, True
@@ -98,7 +96,7 @@ class SharedScript:
         with self._mutex:
             batch, self._waiting = self._waiting, []
         try:
-            replies = self.many([one.call for one in batch])
+            replies = run_many(self._client, [one.call for one in batch])
         except BaseException as error:  # whatever it is, each raises it in its own thread
             replies = [error] * len(batch)
         for one, reply in zip(batch, replies, strict=True):

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from redis import RedisCluster
 from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect, decode, encode, is_transient, reason_of
 
 from . import keys
-from .batching import SharedScript
+from .batching import Call, SharedScript
 from .lua import load
 from .retrying import delays
 
@@ -104,7 +104,8 @@ class TaskLog:
         self.redis = connect() if client is None else client
         self.attempt, self.token, self.lease = attempt, token or uuid.uuid4().hex, lease
         self.maxlen, self.ttl_seconds = maxlen, ttl_seconds
-        self._append = script or load(self.redis, "append")
+        self._script = load(self.redis, "append")
+        self._append = script or self._script
         self._number = 0
         self._lock = threading.Lock()
 
@@ -129,19 +130,24 @@ class TaskLog:
         if self.lease is not None:
             if self.lease.cancel_reason is not None:
                 raise TaskCancelled(self.lease.cancel_reason)
-            if self._is_over:
-                raise self._over()
+            self._check_lease()
 
     def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even when a cancellation was asked for: the worker's way to write the end."""
         with self._lock:  # subtle: a repeated append is known by its number, so the numbers must arrive in order
-            outcome = self._outcome(self._insist(self.prepare(event, fields)))
+            outcome = self.outcome(self._insist(self._prepare(event, fields)))
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    def prepare(self, event: str, fields: dict[str, Any]) -> list[Any]:
-        """Return the arguments of append.lua for this log's next event, for append_many. Raises as add() does."""
+    def call(self, event: str, /, *more_keys: str, **fields: Any) -> Call:
+        """Return the call that adds this event, to be sent with others, once or again; outcome() reads its reply.
+
+        The number of the event is taken: what is added next comes after it. Raises as add() does.
+        """
+        return self._script, [*self._keys, *more_keys], self._prepare(event, fields)
+
+    def _prepare(self, event: str, fields: dict[str, Any]) -> list[Any]:
         if not event.isidentifier() or event in ("gap", "reset"):
             raise ValueError(f"not an event name: {event!r}")
         if clash := RESERVED & fields.keys():
@@ -155,7 +161,7 @@ class TaskLog:
         ttl_ms = int(self.ttl_seconds * 1000)
         return [self.attempt, self.token, self._number, terminal, self.maxlen, ttl_ms, event, *pairs]
 
-    def _outcome(self, reply: Any) -> str | Exception:
+    def outcome(self, reply: Any) -> str | Exception:
         """Return the entry id that a reply of append.lua holds, or what add() is to raise for it."""
         if isinstance(reply, Exception):
             return reply
@@ -175,8 +181,7 @@ class TaskLog:
         """Run append.lua, again and again while Redis is away, for as long as the lease may be believed."""
         limit = time.monotonic() + UNLEASED_PATIENCE_SECONDS
         for delay in delays():
-            if self._is_over:
-                raise self._over()
+            self._check_lease()
             try:
                 return self._append(keys=self._keys, args=args)
             except REDIS_ERRORS as error:
@@ -188,12 +193,9 @@ class TaskLog:
                 time.sleep(delay)
         raise AssertionError("delays() never ends")
 
-    @property
-    def _is_over(self) -> bool:
-        return self.lease is not None and self.lease.is_over
-
-    def _over(self) -> LeaseLost:
-        return LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
+    def _check_lease(self) -> None:
+        if self.lease is not None and self.lease.is_over:
+            raise LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -222,20 +224,6 @@ class TaskLog:
         for _, event in follow({self.task_id: since}, self._blocking, timeout_seconds):
             if event is not None:
                 yield event
-
-
-def append_many(append: SharedScript, appends: Sequence[tuple[TaskLog, list[Any]]]) -> list[str | Exception]:
-    """Append one prepared event to each of several logs of a client, in one round trip; repeated, it is written once.
-
-    Returns an entry id or what add() would raise, for each. Raises redis-py's errors where Redis is away or refuses
-    for a while: then repeat all of them.
-    """
-    over = [log._is_over for log, _ in appends]
-    calls = [(log._keys, args) for (log, args), is_over in zip(appends, over, strict=True) if not is_over]
-    answers = iter(append.many(calls))
-    return [
-        log._over() if is_over else log._outcome(next(answers)) for (log, _), is_over in zip(appends, over, strict=True)
-    ]
 
 
 def seq_of(entry_id: str) -> int | None:

@@ -11,9 +11,11 @@ lost. Only BRPOP cannot be: what it popped in vain, recover finds in the ledger.
 
 import logging
 import re
+import threading
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal
@@ -44,6 +46,7 @@ AUDIT_LIST = 10_000  # elements among which a suspected task is looked for
 AUDIT_AGAIN_MS = 10_000  # how long a task that was found there is not suspected again
 MAX_OWN_ID = 120  # characters; a requeued task's id needs some more
 PUT_BATCH = 500  # tasks per pipeline
+MOST_IDS = 100  # drawn at one time for tasks that are put one by one
 WAIT_MS = 1_000  # for replicas to have a put, before it is repeated; shorter than the socket waits
 PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
 
@@ -134,6 +137,9 @@ class TaskQueue:
         names = ("put", "claim", "heartbeat", "finish", "retry", "release", "recover", "audit", "cancel")
         self._scripts = {name: load(self.redis, name) for name in names}
         self._ledger_offset = 0
+        self._ids: deque[str] = deque()  # drawn from the counter, and not used yet
+        self._ids_lock = threading.Lock()
+        self._put_before = 0  # tasks without an id of one's own
 
     @cached_property
     def _blocking(self) -> Client:
@@ -143,9 +149,9 @@ class TaskQueue:
     def _run(self, name: str, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
         return repeat(lambda: self._scripts[name](keys=script_keys, args=args), self.patience_seconds)
 
-    def _run_many(self, name: str, calls: Sequence[Call]) -> list[Any]:
+    def _run_many(self, name: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
         """Run a script once for each (keys, args), in one round trip. Raises the first error among the replies."""
-        replies = run_many(self.redis, self._scripts[name], calls)
+        replies = run_many(self.redis, [(self._scripts[name], *call) for call in calls])
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
@@ -171,9 +177,11 @@ class TaskQueue:
         nothing. Ids of digits only belong to the counter. Raises ValueError or TypeError where data is not JSON or
         over MAX_DATA_BYTES, and redis-py's errors where Redis stays away.
         """
-        if id is not None:
-            return self._put_as(_check_own_id(id), _check_data(data))[0]
-        return self._put_new([_check_data(data)])[0]
+        return self._put_new([_check_data(data)])[0] if id is None else self.put_once(data, id)[0]
+
+    def put_once(self, data: Any, id: str) -> tuple[Task, bool]:
+        """Put a task with an id of one's own, as put() does; return the task of that id, and whether it is new."""
+        return self._put_as(_check_own_id(id), _check_data(data))
 
     def put_many(self, items: Iterable[Any]) -> list[Task]:
         """Put tasks in order, in pipelines of PUT_BATCH with one INCRBY each. Each task is put as a whole, the batch is
@@ -185,46 +193,66 @@ class TaskQueue:
         return tasks
 
     def _put_new(self, batch: list[str]) -> list[Task]:
-        last = int(repeat(lambda: self.redis.incrby(keys.COUNTER, len(batch)), self.patience_seconds))
-        ids = [str(number) for number in range(last - len(batch) + 1, last + 1)]
-        if len(batch) == 1:
-            return [self._put_as(ids[0], batch[0], ours=True)[0]]
-
+        ids = self._draw_ids(len(batch))
         calls = [(_put_keys(task_id), _put_args(task_id, data)) for task_id, data in zip(ids, batch, strict=True)]
-        created = self._run_put(calls)
-        return [
-            Task(task_id, from_json(data)) if new else self._put_as(task_id, data, ours=True)[0]
-            for task_id, data, new in zip(ids, batch, created, strict=True)
-        ]
+        created, tries = self._run_put(calls)
+        tasks = []
+        for task_id, data, new in zip(ids, batch, created, strict=True):
+            if new or (tries > 1 and self._is_put(task_id, data)):  # or it was put by a try whose reply was lost
+                tasks.append(Task(task_id, from_json(data)))
+            else:  # somebody pushed that number by hand, or the counter was lost
+                self._ids.clear()
+                tasks += self._put_new([data])
+        return tasks
 
-    def _put_as(self, task_id: str, data: str, ours: bool = False) -> tuple[Task, bool]:
-        """Put under an id; return the task and whether it is new. `ours`: the id was drawn from the counter."""
-        if self._run_put([(_put_keys(task_id), _put_args(task_id, data))])[0]:
+    def _draw_ids(self, count: int) -> list[str]:
+        """Draw ids from the counter: by one INCRBY for many, and for who puts one after the other, in blocks.
+
+        A block is a tenth of what this queue has put before, so that gaps in the numbers stay rare.
+        """
+        with self._ids_lock:
+            missing = count - len(self._ids)
+            if missing > 0:
+                drawn = max(missing, min(self._put_before // 10, MOST_IDS) if count == 1 else 0)
+                last = int(repeat(lambda: self.redis.incrby(keys.COUNTER, drawn), self.patience_seconds))
+                self._ids += [str(number) for number in range(last - drawn + 1, last + 1)]
+            self._put_before += count
+            return [self._ids.popleft() for _ in range(count)]
+
+    def _is_put(self, task_id: str, data: str) -> bool:
+        return bool(repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds) == data)
+
+    def _put_as(self, task_id: str, data: str) -> tuple[Task, bool]:
+        """Put under an id; return the task of that id, and whether it is new."""
+        if self._run_put([(_put_keys(task_id), _put_args(task_id, data))])[0][0]:
             return Task(task_id, from_json(data)), True
         first = repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds)
         if first is None:  # it expired between the two commands
-            return self._put_as(task_id, data, ours)
-        if ours and first != data:  # subtle: somebody pushed that number by hand; the same data is our own repeated put
-            return self._put_new([data])[0], True
+            return self._put_as(task_id, data)
         return Task(task_id, from_json(first)), False
 
-    def _run_put(self, calls: list[tuple[list[str], list[Any]]]) -> list[int]:
-        if not self.wait_replicas:
-            return repeat(lambda: self._run_many("put", calls), self.patience_seconds)
+    def _run_put(self, calls: list[tuple[list[str], list[Any]]]) -> tuple[list[int], int]:
+        """Run put.lua for each; return the replies, and how many tries it took."""
+        tries = 0
 
-        def put_and_wait() -> list[int]:
-            with self.redis.pipeline(transaction=False) as pipe:  # WAIT is for what its own connection has written
-                for script_keys, args in calls:
-                    self._scripts["put"](keys=script_keys, args=args, client=pipe)
-                pipe.incrby(keys.COUNTER, 0)  # subtle: a repeated put writes nothing, so WAIT would wait for nothing
-                pipe.wait(self.wait_replicas, WAIT_MS)
-                created: list[int]
-                *created, _, replicas = pipe.execute()
-            if replicas < self.wait_replicas:
-                raise NotInTime(f"{replicas} of {self.wait_replicas} replicas have the task")
-            return created
+        def put() -> list[int]:
+            nonlocal tries
+            tries += 1
+            return self._run_many("put", calls) if not self.wait_replicas else self._put_and_wait(calls)
 
-        return repeat(put_and_wait, self.patience_seconds)
+        return repeat(put, self.patience_seconds), tries
+
+    def _put_and_wait(self, calls: list[tuple[list[str], list[Any]]]) -> list[int]:
+        with self.redis.pipeline(transaction=False) as pipe:  # WAIT is for what its own connection has written
+            for script_keys, args in calls:
+                self._scripts["put"](keys=script_keys, args=args, client=pipe)
+            pipe.incrby(keys.COUNTER, 0)  # subtle: a repeated put writes nothing, so WAIT would wait for nothing
+            pipe.wait(self.wait_replicas, WAIT_MS)
+            created: list[int]
+            *created, _, replicas = pipe.execute()
+        if replicas < self.wait_replicas:
+            raise NotInTime(f"{replicas} of {self.wait_replicas} replicas have the task")
+        return created
 
     # -- taking -------------------------------------------------------------------------------------------------
 
@@ -254,38 +282,51 @@ class TaskQueue:
     ) -> Task | None:
         """Claim the task of a popped element. None where it is dropped: a copy of a task that is held or has ended, or
         a malformed element, which goes to `dead` with the reason. Pass a token of your own to repeat a claim."""
-        call = partial(self.claim_many, [(element, token or uuid.uuid4().hex)], worker, lease_seconds)
-        [task] = repeat(call, self.patience_seconds)
+        token = token or uuid.uuid4().hex
+        call = partial(self.claim_many, [(element, token)], worker=worker, lease_seconds=lease_seconds)
+        [(task, _)] = repeat(call, self.patience_seconds)
         if isinstance(task, Exception):
             raise task
         return task
 
     def claim_many(
-        self, elements: Sequence[tuple[bytes, str]], worker: str, lease_seconds: float = LEASE_SECONDS
-    ) -> list[Task | Exception | None]:
-        """Claim the tasks of several popped elements, each with a token, in one round trip: each as claim() does.
+        self,
+        elements: Sequence[tuple[bytes, str]],
+        *,
+        worker: str,
+        lease_seconds: float = LEASE_SECONDS,
+        then: Callable[[Task], list[Call]] = lambda task: [],
+    ) -> list[tuple[Task | Exception | None, Any]]:
+        """Claim the tasks of popped elements, each with a token, in one round trip: each as claim() does.
 
-        An error that concerns one only takes its place. Raises redis-py's errors where Redis is away or refuses for a
-        while: then repeat all of them.
+        `then` may name one call, given id and token, that follows its claim; its reply comes beside the task, or None.
+        An error that concerns one task only takes its place. Raises redis-py's errors where Redis is away or refuses
+        for a while: then repeat all of them.
         """
-        found = [(_parsed(element), token) for element, token in elements]
-        calls = [
-            _claim_call(task.id, to_json(task.data), worker, lease_seconds, token)
-            for task, token in found
-            if isinstance(task, Task)
-        ]
-        replies = iter(run_many(self.redis, self._scripts["claim"], calls))
-        claimed: list[Task | Exception | None] = []
-        for (element, token), (task, _) in zip(elements, found, strict=True):
+        found = [_parsed(element, token) for element, token in elements]
+        calls = []
+        for task in found:
+            if isinstance(task, Task):
+                claim = self._claim_call(task.id, to_json(task.data), worker, lease_seconds, task.token)
+                calls.append([claim, *then(task)])
+        replies = iter(run_many(self.redis, [call for pair in calls for call in pair]))
+        claimed: list[tuple[Task | Exception | None, Any]] = []
+        for (element, token), task in zip(elements, found, strict=True):
             if isinstance(task, Task):
                 reply = next(replies)
-                claimed.append(reply if isinstance(reply, Exception) else _claimed(task.id, token, reply))
+                followed = next(replies) if len(calls[0]) > 1 else None
+                claimed.append((reply if isinstance(reply, Exception) else _claimed(task.id, token, reply), followed))
                 continue
             logger.warning("an element of %s is no task: %s; it is in %s now", keys.QUEUE, task, keys.DEAD)
             text = element[:MAX_DATA_BYTES].decode(errors="backslashreplace")
             self.bury({"reason": str(task), "element": text, "bytes": len(element)})
-            claimed.append(None)
+            claimed.append((None, None))
         return claimed
+
+    def _claim_call(self, task_id: str, data: str, worker: str, lease_seconds: float, token: str) -> Call:
+        script_keys = [keys.record(task_id), keys.LEASES, keys.UNFINISHED, keys.RECENT]
+        args = [task_id, token, worker, int(lease_seconds * 1000), data, RECENT_TASKS]
+        return self._scripts["claim"], script_keys, args
 
     def take(
         self, block_seconds: float = BLOCK_SECONDS, *, worker: str = "anonymous", lease_seconds: float = LEASE_SECONDS
@@ -302,16 +343,15 @@ class TaskQueue:
 
     def finish(self, task: Task, outcome: Outcome, result: Any = None) -> bool:
         """Close the record after the task's stream has ended; a failed task goes to `dead` too. False: lease lost."""
-        return bool(self._run("finish", *_finish_call(task, outcome, result)))
+        _, *call = self.finish_call(task, outcome, result)
+        return bool(self._run("finish", *call))
 
-    def finish_many(self, ends: Sequence[tuple[Task, Outcome, Any]]) -> list[bool | Exception]:
-        """Finish several tasks in one round trip: each as finish() does.
-
-        An error that concerns one only takes its place. Raises redis-py's errors where Redis is away or refuses for a
-        while: then repeat all of them.
-        """
-        replies = run_many(self.redis, self._scripts["finish"], [_finish_call(*end) for end in ends])
-        return [reply if isinstance(reply, Exception) else bool(reply) for reply in replies]
+    def finish_call(self, task: Task, outcome: Outcome, result: Any, *more_keys: str) -> Call:
+        """Return the call that finish() makes, to be sent with others (finish.lua says what a further key is for)."""
+        letter = _letter(task.id, task.data, result, task.attempt) if outcome == "failed" else ""
+        args = [task.id, task.token, outcome, to_json(result), RECORD_TTL_SECONDS * 1000, letter, DEAD_LETTERS]
+        script_keys = [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD, keys.FINISHED, keys.TOTALS]
+        return self._scripts["finish"], [*script_keys, *more_keys], [*args, FINISHED_TASKS, encode(task.id)]
 
     def retry(self, task: Task, delay_seconds: float) -> bool:
         """Count a failure and let the task rest; recover pushes it again after delay_seconds. False: lease lost."""
@@ -370,7 +410,8 @@ class TaskQueue:
         if status != "waiting":
             return None
         token = uuid.uuid4().hex
-        return _claimed(task_id, token, self._run("claim", *_claim_call(task_id, "", "cancel", LEASE_SECONDS, token)))
+        _, *call = self._claim_call(task_id, "", "cancel", LEASE_SECONDS, token)
+        return _claimed(task_id, token, self._run("claim", *call))
 
     def requeue_dead(self) -> tuple[list[tuple[str, Task]], int]:
         """Put every dead task again; return the pairs (old id, new task), and how many letters hold no task.
@@ -461,16 +502,11 @@ class TaskQueue:
             return int(max(pipe.execute()))
 
 
-def _parsed(element: bytes) -> Task | Malformed:
+def _parsed(element: bytes, token: str) -> Task | Malformed:
     try:
-        return parse_element(element)
+        return replace(parse_element(element), token=token)
     except Malformed as error:
         return error
-
-
-def _claim_call(task_id: str, data: str, worker: str, lease_seconds: float, token: str) -> Call:
-    script_keys = [keys.record(task_id), keys.LEASES, keys.UNFINISHED, keys.RECENT]
-    return script_keys, [task_id, token, worker, int(lease_seconds * 1000), data, RECENT_TASKS]
 
 
 def _claimed(task_id: str, token: str, reply: list[str]) -> Task | None:
@@ -479,13 +515,6 @@ def _claimed(task_id: str, token: str, reply: list[str]) -> Task | None:
         return None
     _, data, attempt, failures, lost, cancel = reply
     return Task(task_id, from_json(data), int(attempt), token, int(failures), lost, cancel)
-
-
-def _finish_call(task: Task, outcome: Outcome, result: Any) -> Call:
-    letter = _letter(task.id, task.data, result, task.attempt) if outcome == "failed" else ""
-    args = [task.id, task.token, outcome, to_json(result), RECORD_TTL_SECONDS * 1000, letter, DEAD_LETTERS]
-    script_keys = [keys.record(task.id), keys.LEASES, keys.UNFINISHED, keys.DEAD, keys.FINISHED, keys.TOTALS]
-    return script_keys, [*args, FINISHED_TASKS, encode(task.id)]
 
 
 def _check_own_id(task_id: str) -> str:

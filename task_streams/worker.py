@@ -28,6 +28,8 @@ from types import FrameType
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from redis import RedisCluster
+
 from ailf.messaging.redis import (
     REDIS_ERRORS,
     Client,
@@ -42,8 +44,8 @@ from ailf.messaging.redis import (
 )
 
 from . import keys
-from .batching import SharedScript
-from .log import Lease, LeaseLost, StreamEnded, TaskCancelled, TaskLog, append_many
+from .batching import Call, SharedScript, run_many
+from .log import Lease, LeaseLost, StreamEnded, TaskCancelled, TaskLog
 from .lua import load
 from .queue import LEASE_SECONDS, Outcome, Task, TaskQueue
 from .retrying import delays
@@ -139,7 +141,7 @@ class _Job:
     started: str | Exception | None = None  # the entry id of `started`, or why there is none; None: not tried yet
     result: Any = None
     duration_ms: int = 0
-    end: list[Any] | None = None  # the prepared `completed`, once it is on its way
+    end: Call | None = None  # `completed`, once it is on its way
 
 
 class _Worker:
@@ -157,6 +159,7 @@ class _Worker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         # without patience: waiting is done here, in insist()
         self.queue = TaskQueue(client, patience_seconds=0, name=f"{WORKER_NAME}{self.name}")
+        self.is_cluster = isinstance(client, RedisCluster)  # where each command takes a round trip of its own
         self.append = SharedScript(client, load(client, "append"))  # the events of all handlers
         self.handler, self.concurrency, self.lease_seconds = handler, concurrency, lease_seconds
         self.max_attempts, self.backoff_seconds = max_attempts, backoff_seconds
@@ -238,40 +241,52 @@ class _Worker:
                 time.sleep(next(wait))
 
     def take_in(self) -> int:
-        """Claim what was popped, write `started` for each task, and give them to the slots; return how many."""
+        """Claim what was popped, and give the tasks to the slots; return how many.
+
+        In the same round trip `started` follows each claim: it is written where that is the first of its task.
+        """
         elements = [(element, uuid4().hex) for element in self.unclaimed]
+        first_logs: dict[str, TaskLog] = {}
         believed_until = 0.0
 
-        def claim() -> list[Task | Exception | None]:
+        def start(task: Task) -> list[Call]:
+            if self.is_cluster:
+                return []
+            first_logs[task.token] = log = self.make_log(task.id, 1, task.token)
+            return [log.call("started", keys.record(task.id), worker=self.name)]
+
+        def claim() -> list[tuple[Task | Exception | None, Any]]:
             nonlocal believed_until
             believed_until = time.monotonic() + self.lease_seconds  # counted from before the server counts
-            return self.queue.claim_many(elements, self.name, self.lease_seconds)
+            return self.queue.claim_many(elements, worker=self.name, lease_seconds=self.lease_seconds, then=start)
 
         claimed = self.insist("claim", claim)
         self.unclaimed = []
-        jobs = [self.hold(task, believed_until) for task in claimed if isinstance(task, Task)]
-        for error in claimed:
-            if isinstance(error, Exception):
-                logger.error("a task was left to its lease: %s", error)
+        jobs = []
+        for task, reply in claimed:
+            if isinstance(task, Exception):
+                logger.error("a task was left to its lease: %s", task)
+            if not isinstance(task, Task):
+                continue
+            if isinstance(reply, list) and reply[0] != "unclaimed":
+                log = first_logs[task.token]
+                started = log.outcome(reply)
+            else:
+                log, started = self.make_log(task.id, task.attempt, task.token), None
+            log.lease = Lease(believed_until, cancel_reason=task.cancel_reason or None)
+            jobs.append(_Job(task, log, log.lease, started))
+            self.running[task.token] = jobs[-1]
         if jobs:
             fault_point("claimed")
-        usual = [job for job in jobs if not (job.task.lost_worker or job.task.cancel_reason or self.is_spent(job.task))]
-        starts = [(job.log, job.log.prepare("started", {"worker": self.name})) for job in usual]
-        for job, outcome in zip(usual, self.insist("write", partial(append_many, self.append, starts)), strict=True):
-            job.started = outcome
-        if usual:
+        if any(job.started for job in jobs):
             fault_point("started")
         for job in jobs:
             self.jobs.put(job)
+        time.sleep(0)  # subtle: gives way, so that the handlers begin before the next BRPOP is prepared
         return len(jobs)
 
-    def hold(self, task: Task, believed_until: float) -> _Job:
-        lease = Lease(believed_until, cancel_reason=task.cancel_reason or None)
-        log = TaskLog(
-            task.id, self.queue.redis, attempt=task.attempt, token=task.token, lease=lease, script=self.append
-        )
-        self.running[task.token] = job = _Job(task, log, lease)
-        return job
+    def make_log(self, task_id: str, attempt: int, token: str) -> TaskLog:
+        return TaskLog(task_id, self.queue.redis, attempt=attempt, token=token, script=self.append)
 
     def is_spent(self, task: Task) -> bool:
         return task.failures >= self.max_attempts
@@ -364,7 +379,13 @@ class _Worker:
             fault_point("handled")
             log.check()
             job.duration_ms = round((time.monotonic() - began) * 1000)
-            job.end = log.prepare("completed", {"result": job.result, "duration_ms": job.duration_ms})
+            if self.is_cluster:
+                log.add("completed", result=job.result, duration_ms=job.duration_ms)
+                fault_point("completed")
+                self.finish(task, "completed", job.result)
+                logger.info("task %s completed in %.2f s", task, job.duration_ms / 1000)
+            else:
+                job.end = log.call("completed", result=job.result, duration_ms=job.duration_ms)
         except (LeaseLost, StreamEnded):
             raise
         except TaskCancelled as cancelled:
@@ -373,7 +394,7 @@ class _Worker:
             logger.info("task %s cancelled: %s", task, cancelled)
         except BaseException as error:  # the task boundary: whatever a task does, sys.exit() too, the worker goes on
             self.failed(task, log, error)
-        else:
+        if job.end is not None:
             self.unwritten.acquire()
             self.ends.put(job)
 
@@ -389,25 +410,32 @@ class _Worker:
             self.unwritten.release(len(jobs))
 
     def end(self, jobs: list[_Job]) -> None:
-        """Write `completed` for each, and then close their records."""
-        ends = [(job.log, job.end or []) for job in jobs]
-        written = []
-        for job, outcome in zip(jobs, self.insist("write", partial(append_many, self.append, ends)), strict=True):
+        """Write `completed` for each and close their records, in one round trip."""
+
+        def write() -> dict[str, list[Any]]:
+            held = [job for job in jobs if not job.lease.is_over]
+            pairs = [
+                [job.end, self.queue.finish_call(job.task, "completed", job.result, keys.writer(job.task.id))]
+                for job in held
+            ]
+            replies = run_many(self.queue.redis, [call for pair in pairs for call in pair if call is not None])
+            return {job.task.token: replies[2 * place : 2 * place + 2] for place, job in enumerate(held)}
+
+        replies = self.insist("write", write)
+        fault_point("completed")
+        for job in jobs:
             with self.survived():
+                if job.task.token not in replies:
+                    raise LeaseLost(f"the lease of task {job.task} (attempt {job.task.attempt}) is over")
+                ended, finished = replies[job.task.token]
+                outcome = job.log.outcome(ended)
                 if isinstance(outcome, StreamEnded):
                     self.insist("write", partial(finish_as_ended, self.queue, job.task, job.log))
-                elif isinstance(outcome, Exception):
-                    raise outcome
-                else:
-                    written.append(job)
-        fault_point("completed")
-        finishes: list[tuple[Task, Outcome, Any]] = [(job.task, "completed", job.result) for job in written]
-        for job, error in zip(written, self.insist("write", partial(self.queue.finish_many, finishes)), strict=True):
-            with self.survived():
-                if isinstance(error, Exception):
-                    raise error
+                    continue
+                for error in (outcome, finished):
+                    if isinstance(error, Exception):
+                        raise error
                 logger.info("task %s completed in %.2f s", job.task, job.duration_ms / 1000)
-        fault_point("finished")
 
     def failed(self, task: Task, log: TaskLog, error: BaseException) -> None:
         """Log an exception of the handler; then let the task rest for its next attempt, or give it up."""

@@ -1,13 +1,11 @@
 """Calls that share a round trip: each caller gets what it would have got alone."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from conftest import Server, wait_until
-from redis import Redis
 from redis.exceptions import ConnectionError, ResponseError
 
 from task_streams.batching import SharedScript, run_many
@@ -16,27 +14,24 @@ COUNT = "return redis.call('INCRBY', KEYS[1], ARGV[1])"
 SLOW = "local n = 0; while n < 3e7 do n = n + 1 end; return redis.call('INCRBY', KEYS[1], ARGV[1])"
 
 
-def counted(client: Redis, script: SharedScript, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that gets the size of each batch that the script sends."""
-    sizes: list[int] = []
-    many: Callable[[Any], Any] = script.many
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that are sent, as they are sent."""
+    found: list[int] = []
 
-    def count(calls: Any) -> Any:
-        sizes.append(len(calls))
-        return many(calls)
+    def count(client: Any, calls: Any) -> Any:
+        found.append(len(calls))
+        return run_many(client, calls)
 
-    monkeypatch.setattr(script, "many", count)
-    return sizes
+    monkeypatch.setattr("task_streams.batching.run_many", count)
+    return found
 
 
-def test_calls_that_come_while_one_is_under_way_share_a_round_trip(
-    valkey: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_that_come_while_one_is_under_way_share_a_round_trip(valkey: Server, sizes: list[int]) -> None:
     """The first goes alone and at once; the eight others, who had to wait for it, go together; each gets its reply."""
     client = valkey.client()
     slow, script = client.register_script(SLOW), client.register_script(COUNT)
     shared = SharedScript(client, script)
-    sizes = counted(client, shared, monkeypatch)
     shared._script = slow
 
     with ThreadPoolExecutor(9) as threads:
@@ -52,10 +47,9 @@ def test_calls_that_come_while_one_is_under_way_share_a_round_trip(
     assert len(sizes) < 9
 
 
-def test_call_alone_is_sent_at_once(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_alone_is_sent_at_once(valkey: Server, sizes: list[int]) -> None:
     """Nobody waits for company: three calls, one after the other, are three round trips."""
     shared = SharedScript(client := valkey.client(), client.register_script(COUNT))
-    sizes = counted(client, shared, monkeypatch)
 
     assert [shared(keys=["n"], args=[1]) for _ in range(3)] == [1, 2, 3]
     assert sizes == [1, 1, 1]
@@ -89,7 +83,9 @@ def test_error_of_one_call_takes_only_its_place(valkey: Server) -> None:
     client = valkey.client()
     client.rpush("list", "x")
 
-    one, refused, three = run_many(client, client.register_script(COUNT), [(["a"], [1]), (["list"], [1]), (["b"], [3])])
+    count = client.register_script(COUNT)
+
+    one, refused, three = run_many(client, [(count, ["a"], [1]), (count, ["list"], [1]), (count, ["b"], [3])])
 
     assert (one, three) == (1, 3)
     assert isinstance(refused, ResponseError)
@@ -101,7 +97,7 @@ def test_batch_is_carried_out_once_where_the_server_has_forgotten_the_script(val
     script = client.register_script(COUNT)
     client.script_flush()
 
-    assert run_many(client, script, [(["a"], [1]), (["a"], [1]), (["b"], [5])]) == [1, 2, 5]
+    assert run_many(client, [(script, ["a"], [1]), (script, ["a"], [1]), (script, ["b"], [5])]) == [1, 2, 5]
 
 
 def test_lost_connection_is_told_to_all_who_wait_and_the_next_call_works(valkey: Server) -> None:

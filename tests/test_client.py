@@ -269,6 +269,7 @@ TRANSIENT = [
     (exceptions.OutOfMemoryError("full"), True),
     (exceptions.ClusterDownError("down"), True),
     (exceptions.ResponseError("MISCONF disk full"), True),
+    (exceptions.ResponseError("Command # 1 (BRPOP q 1) of pipeline caused error: MISCONF disk full"), True),
     (exceptions.AuthenticationError("wrong password"), False),
     (exceptions.NoPermissionError("acl"), False),
     (exceptions.ResponseError("WRONGTYPE"), False),
@@ -277,7 +278,7 @@ TRANSIENT = [
 ]
 
 
-@pytest.mark.parametrize(("error", "transient"), TRANSIENT, ids=[type(error).__name__ for error, _ in TRANSIENT])
+@pytest.mark.parametrize(("error", "transient"), TRANSIENT, ids=[repr(error)[:40] for error, _ in TRANSIENT])
 def test_what_may_go_away_by_itself_is_transient(error: Exception, transient: bool) -> None:
     """A worker waits for these, and for no others."""
     assert is_transient(error) is transient

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from conftest import wait_until
 from fakeredis import FakeRedis
+from redis.exceptions import ConnectionError as LostConnection
 
 from task_streams import NoSuchTask, Task, TaskQueue, keys
 from task_streams import queue as queue_module
@@ -101,9 +102,19 @@ def test_put_with_the_id_of_a_finished_task_does_not_run_it_again(queue: TaskQue
 def test_repeated_put_after_a_lost_reply_queues_once(queue: TaskQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script ran, its answer was lost, it is sent again: one element, and the caller gets its task."""
     script = queue._scripts["put"]
-    monkeypatch.setitem(queue._scripts, "put", lambda **call: (script(**call), script(**call))[1])
+    replies = []
+
+    def lose_the_first(**call: Any) -> Any:
+        replies.append(script(**call))
+        if len(replies) == 1:
+            raise LostConnection("its answer was lost")
+        return replies[-1]
+
+    monkeypatch.setitem(queue._scripts, "put", lose_the_first)
 
     task = queue.put({"n": 1})
+
+    assert replies == [1, 0]
 
     assert elements(queue) == [{"id": 1, "data": {"n": 1}}]
     assert (task.id, task.data) == ("1", {"n": 1})
@@ -121,6 +132,28 @@ def test_number_that_was_pushed_by_hand_is_not_lost(queue: TaskQueue) -> None:
     assert one.id == "2"
     assert sorted(element["data"] for element in elements(queue)) == ["a", "b", "c", "ours"]
     assert len({one.id, *(task.id for task in many), "1"}) == 5
+
+
+def test_ids_of_few_tasks_have_no_gaps_and_those_of_many_few(queue: TaskQueue) -> None:
+    """Who puts ten tasks draws ten ids; who puts a thousand, one by one, draws a tenth in advance at most."""
+    ids = [queue.put(n).id for n in range(10)]
+    counter = queue.redis.get(keys.COUNTER)
+    many = [queue.put(n).id for n in range(1000)]
+
+    assert (ids, counter) == ([str(n) for n in range(1, 11)], "10")
+    assert len({*ids, *many}) == 1010
+    assert int(queue.redis.get(keys.COUNTER)) <= 1010 * 1.1
+
+
+def test_task_like_another_is_put_though_the_counter_gave_its_id_again(queue: TaskQueue) -> None:
+    """The server has lost the counter, not the task: a task with the very same data gets another id, and is queued."""
+    first = queue.put("the same")
+    queue.redis.set(keys.COUNTER, 0)
+
+    again = TaskQueue(queue.redis).put("the same")
+
+    assert first.id != again.id
+    assert len(elements(queue)) == 2
 
 
 @pytest.mark.parametrize("bad", ["", "a b", "a{b}", "x" * 129, "é", "a\n", "7", "007"])

