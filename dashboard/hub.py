@@ -22,7 +22,7 @@ from redis.asyncio import RedisCluster
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import RedisClusterException, RedisError, SlotNotCoveredError
 
-from ailf.messaging.redis import Client, blocking_client, is_transient, reason_of
+from ailf.messaging.redis import Client, blocking_client, explain, is_transient, reason_of, url_of
 from task_streams import Event, keys
 from task_streams.log import order, seq_of
 from task_streams.retrying import delays
@@ -60,6 +60,8 @@ class Hub:
         self.client = blocking_client(redis, 0)  # of its own, since one that is strict about UTF-8 stops at a bad entry
         self.redis: Client = _Sparing(self)
         self.away: set[str] = set()  # the nodes that do not answer, by name
+        self._lost: set[str] = set()  # those of them that were said to be lost
+        self._refusals: set[str] = set()  # what Redis will not do, as where rights are missing: each is said once
         self.position: int | None = None  # when the last tasks were put (ms) that who watches everything was offered
         self.watchers: dict[str, set[Watcher]] = {}  # task id -> who watches it
         # subtle: weak, since nobody tells of a watcher that was never iterated over (HEAD, or a client that went)
@@ -211,16 +213,24 @@ class Hub:
 
     def went(self, error: Exception, node: str) -> None:
         """Note that a node is away, and tell the watchers whom it concerns."""
-        if node not in self.away:
+        if node in self.away:
+            return
+        self.away.add(node)
+        if may_pass(error):
             logger.warning("lost Redis%s (%s); waiting for it", node and f" at {node}", reason_of(error))
-            self.away.add(node)
-            self._tell_all(node)
+            self._lost.add(node)
+        elif (text := explain(error, url_of(self.given))) not in self._refusals:
+            logger.error("%s", text)
+            self._refusals.add(text)
+        self._tell_all(node)
 
     def came(self, node: str) -> None:
         """Note that a node is back: who watches a task there reads again from the cursor."""
         if node in self.away:
-            logger.warning("Redis%s is back", node and f" at {node}")
             self.away.remove(node)
+            if node in self._lost:
+                logger.warning("Redis%s is back", node and f" at {node}")
+                self._lost.remove(node)
             self._tell_all(node)
 
     def _tell_all(self, node: str) -> None:
@@ -241,11 +251,7 @@ class Hub:
         try:
             await look()
         except (RedisError, RedisClusterException) as error:
-            if not may_pass(error):
-                logger.exception("cannot look around; trying again")
             self.went(error, self.core)
-        else:
-            self.came(self.core)
 
     async def _find_new_tasks(self) -> None:
         """Let those who watch everything have each task that was put since the last look.
@@ -263,6 +269,7 @@ class Hub:
                 for watcher in self.everything:
                     watcher.offer(task_id, put_at)
         self._known, self.position = {task_id for task_id, _ in found}, until
+        self.came(self.core)  # only here: the look for lost streams leaves out what is away
 
     async def _find_lost_streams(self) -> None:
         """Let those read again whose stream has expired with its end unread, or whose entries have gone."""
@@ -393,7 +400,7 @@ class _Reader:
                         self.hub.came(self.node)
                         self._bring(reply)
             except Exception as error:  # the boundary of this task: whatever it is, all these watchers depend on it
-                if not may_pass(error):
+                if not isinstance(error, RedisError | RedisClusterException):
                     logger.exception("cannot read the streams; trying again")
                 self.hub.went(error, self.node)
                 await asyncio.sleep(next(wait))
@@ -573,7 +580,7 @@ class Watcher:
             if not newest and await redis.hget(keys.record(task_id), "status") in keys.TERMINAL:
                 self._leave(task_id)  # it ended long ago, and its stream has expired
                 return
-            if order(cursor) > order(last):
+            if order(cursor) > order(last) or await self._is_lost(cursor, last, stream):
                 yield Item(task_id, Event(cursor, "reset", {"cursor": cursor, "last": last}), is_notice=True)
                 cursor = "0"
             self.cursors[task_id], self._seqs[task_id] = cursor, seq_of(cursor)
@@ -597,6 +604,18 @@ class Watcher:
                 raise
             if task_id in self.cursors:
                 self._behind[task_id] = None  # it is read when its node is back
+
+    async def _is_lost(self, cursor: str, last: str, stream: str) -> bool:
+        """Say whether other entries stand where the cursor's stood, as in a stream that has grown since a failover.
+
+        The terminal's reader looks in the same way (task_streams/log.py).
+        """
+        if not seq_of(cursor) or order(cursor) == order(last):
+            return False
+        redis = self.hub.redis
+        there = await redis.xrevrange(stream, cursor, count=1) or await redis.xrange(stream, count=1)
+        # its own place, or the oldest: with a later number where the cursor's entry was trimmed
+        return bool(there) and there[0][0] != cursor and (seq_of(there[0][0]) or 0) <= (seq_of(cursor) or 0)
 
     def _take(self, item: Item) -> Iterator[Item]:
         """Yield an event that comes next, after a `gap` where some were trimmed; nothing if it came before."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ailf.messaging.redis import from_json, to_json
+from ailf.messaging.redis import from_json
 from task_streams import NoSuchTask, TaskLog, TaskQueue, keys
 from task_streams.queue import Malformed, parse_element
 from task_streams.worker import WORKER_NAME, cancel_task
@@ -202,9 +202,8 @@ class Tasks:
         however many ask at once; Conflict if that was put with other data. Raises ValueError and TypeError as put()."""
         if key is None:
             return self.get(self._after(self.queue.put(data)).id), True
-        task_id = f"key-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        self.queue.check(data)
-        task, is_new = self._after(self.queue._put_as(task_id, to_json(data)))
+        task_id = f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        task, is_new = self._after(self.queue.put_once(data, task_id))
         if task.data != data:
             raise Conflict("that Idempotency-Key was used for another task")
         return self.get(task_id), is_new

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ag_ui.core import BaseEvent
 from conftest import ROOT, Server, lacking, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,12 +41,13 @@ def story(*entries: str | tuple[str, dict[str, Any]]) -> list[Event]:
 
 
 def tell(mapper: Mapper, entries: list[Event]) -> list[TOLD]:
-    """Map entries to what is sent: JSON, and back."""
-    return [
-        json.loads(event.model_dump_json(by_alias=True))
-        for entry in entries
-        for event in mapper.events(entry, entry.name in ("gap", "reset"))
-    ]
+    """Map entries to what is sent."""
+    return as_sent([event for entry in entries for event in mapper.events(entry, entry.name in ("gap", "reset"))])
+
+
+def as_sent(events: list[BaseEvent]) -> list[TOLD]:
+    """Return events as a client gets them: to JSON, and back."""
+    return [json.loads(event.model_dump_json(by_alias=True)) for event in events]
 
 
 def tell_all(*entries: str | tuple[str, dict[str, Any]]) -> list[TOLD]:
@@ -56,8 +58,7 @@ def resume(entries: list[Event], cut: int) -> list[TOLD]:
     """Return what a client is told that has seen the entries before `cut`."""
     mapper = Mapper("7")
     tell(mapper, entries[:cut])
-    prelude = [json.loads(event.model_dump_json(by_alias=True)) for event in mapper.prelude()]
-    return prelude + tell(mapper, entries[cut:])
+    return as_sent(mapper.prelude()) + tell(mapper, entries[cut:])
 
 
 def types(told: list[TOLD]) -> list[str]:
@@ -450,6 +451,32 @@ def test_real_task_looks_the_same_wherever_a_client_resumed(recorded: dict[str, 
     """Messages, calls, thoughts, state and the end are those of a client that never lost its connection."""
     for entries in recorded.values():
         assert_resuming_changes_nothing(entries)
+
+
+def test_redis_that_goes_and_comes_breaks_no_sequence(
+    recorded: dict[str, list[Event]], verify: Callable[[list[list[TOLD]]], str]
+) -> None:
+    """It may at any moment, also before the first entry and after the last, and to a client that has just resumed."""
+    sequences = []
+    for entries in recorded.values():
+        mapper = Mapper("7")
+        told = [*told_of_redis(mapper)]
+        for entry in entries:
+            told += [*tell(mapper, [entry]), *told_of_redis(mapper)]
+        assert len(of(told, "CUSTOM")) >= 2 * (len(entries) - 1)
+        sequences.append(told)
+        for cut in range(1, len(entries)):
+            mapper = Mapper("7")
+            tell(mapper, entries[:cut])
+            sequences.append([*as_sent(mapper.prelude()), *told_of_redis(mapper), *tell(mapper, entries[cut:])])
+
+    for told in sequences:
+        check(told)
+    assert verify(sequences) == ""
+
+
+def told_of_redis(mapper: Mapper) -> list[TOLD]:
+    return as_sent([*mapper.redis(False), *mapper.redis(True)])
 
 
 texts = st.sampled_from(["", "a", "b", '{"a": 1}', "\ud800", "</script>\u2028"])

@@ -4,7 +4,7 @@
 // build anything, and it knows no HTML.
 
 const REQUEST_SECONDS = 30; // the server itself waits 15 s for a Redis that is away
-const ID_CHARS = 16;
+const ID_CHARS = 20;
 const FOLD_CHARS = 1_200; // of a text that is shown unfolded
 const FOLD_LINES = 12;
 const LINE_CHARS = 88; // of JSON that stays on one line

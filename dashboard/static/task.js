@@ -163,7 +163,10 @@ async function loadRecord() {
     else if (error.status === 0) setAway("server", stream !== null); // the stream's next connection takes it back
     else if (record === null || error.status !== 404) showProblem(error.message);
     draw();
-    if (error.status === 404) return; // it is not known, or not any more
+    if (error.status === 404) {
+      setAway("redis", false); // it was asked, and does not know the task, or not any more
+      return;
+    }
   }
   const { state } = stateNow();
   if (!TERMINAL.has(state)) look(state === "waiting" ? WAITING_MS : RUNNING_MS);

@@ -650,7 +650,9 @@ def test_metrics_follow_what_happens(http: httpx.Client, queue: TaskQueue) -> No
     assert after["task_queue_oldest_age_seconds"] >= 0
     for name in ("tasks_ended_totalcompleted", "tasks_ended_totalfailed", "tasks_ended_totalcancelled"):
         assert after[name] == before[name] + 1
-    assert after["task_queue_leases"] == before["task_queue_leases"] + 1
+    assert after["task_queue_oldest_waiting_age_seconds"] > 0
+    assert after["task_queue_running"] == before["task_queue_running"] + 1
+    assert after["task_queue_resting"] == before["task_queue_resting"]
     assert after["task_queue_dead"] == before["task_queue_dead"] + 1
     assert after["dashboard_events_total"] > before["dashboard_events_total"]
     assert after["dashboard_lag_seconds_count"] == after["dashboard_events_total"]

@@ -569,6 +569,33 @@ def test_redis_restarted_in_the_middle_loses_and_repeats_nothing(
     assert_all_shown(page, redis, task.id)
 
 
+def test_page_follows_the_end_until_the_reader_scrolls_up(board: dash.Dashboard, redis: Redis, browse: Browse) -> None:
+    """Who scrolled up stays there, and a button leads back to the end, which is followed again."""
+    at_end = "innerHeight + scrollY >= document.documentElement.scrollHeight - 80"
+    work = Work(redis)
+    page = browse(f"{board.url}/tasks/{work.id}")
+    for number in range(60):
+        work.think(f"thought {number}")
+    wait_for_more(page, 60)
+    wait_until(lambda: page.evaluate(at_end), "the end is in view")
+
+    page.mouse.move(600, 500)
+    page.mouse.wheel(0, -100_000)
+    wait_until(lambda: page.evaluate("scrollY === 0"), "the reader is at the top")
+    for number in range(20):
+        work.think(f"later thought {number}")
+    wait_for_more(page, 80)
+    expect(page.locator("#new-events")).to_be_visible()
+    assert page.evaluate("scrollY === 0")
+
+    page.locator("#new-events").click()
+    expect(page.locator("#new-events")).to_be_hidden()
+    work.think("the last thought")
+    wait_for_more(page, 81)
+    wait_until(lambda: page.evaluate(at_end), "the end is in view again")
+    work.end()
+
+
 # -- buttons ----------------------------------------------------------------------------------------------------
 
 
@@ -747,6 +774,19 @@ def test_unknown_task_is_said_to_be_unknown_until_it_comes(board: dash.Dashboard
     work.end()
     expect(state(page)).to_have_text("completed")
     assert_all_shown(page, redis, work.id)
+
+
+def test_banner_goes_with_the_outage_although_the_task_is_unknown(
+    valkey: Server, script: Start, browse: Browse
+) -> None:
+    """That Redis knows no such task is an answer of Redis, which is not away."""
+    board = Restartable(script, valkey)
+    page = browse(f"{board.url}/tasks/nobody-put-it", failures=True)
+    expect(page.locator("#problem")).to_contain_text("No task nobody-put-it")
+    valkey.stop()
+    expect(page.locator("#banner")).to_contain_text("Redis is away")
+    valkey.start()
+    expect(page.locator("#banner")).to_be_hidden()
 
 
 # -- login ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import itertools
 import signal
@@ -476,6 +477,39 @@ def test_cursor_ahead_of_the_stream_is_reset(valkey: Server) -> None:
     run(valkey.url, main)
 
 
+def test_cursor_that_a_failover_lost_is_reset_though_the_stream_has_grown(valkey: Server) -> None:
+    """Other entries stand where the cursor's stood: `reset` comes, then the stream from its start."""
+
+    async def main(hub: Hub) -> None:
+        add = functools.partial(valkey.client().xadd, keys.stream("t"))
+        add({"event": "progress", "seq": "1"}, id="10-1")
+        add({"event": "progress", "seq": "2"}, id="30-2")  # where 20-2 and 20-3 were lost
+        add({"event": "completed", "seq": "3"}, id="40-3")
+        for lost in ("20-2", "20-3", "35-3"):
+            reading = Reading(hub, {"t": lost})
+            await reading.end()
+            assert reading.names() == ["reset", "progress", "progress", "completed"], lost
+            assert reading.items[0].event.fields == {"cursor": lost, "last": "40-3"}
+
+    run(valkey.url, main)
+
+
+def test_cursor_whose_entry_was_trimmed_is_not_reset(valkey: Server) -> None:
+    """What has gone from the start of a stream is a gap, and none where it was the cursor's entry alone."""
+
+    async def main(hub: Hub) -> None:
+        write(valkey, "t", 5)
+        ids = ids_of(valkey, "t")
+        valkey.client().xtrim(keys.stream("t"), minid=ids[3], approximate=False)
+        rest = ["progress", "progress", "completed"]
+        for cursor, expected in ((ids[0], ["gap", *rest]), (ids[2], rest), (ids[3], rest[1:])):
+            reading = Reading(hub, {"t": cursor})
+            await reading.end()
+            assert reading.names() == expected, cursor
+
+    run(valkey.url, main)
+
+
 def test_stream_that_begins_anew_is_noticed(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a stream is lost while somebody watches, as in a failover, what is there now comes after a `reset`."""
     monkeypatch.setattr(hub_module, "LOST_STREAMS_SECONDS", 0.2)
@@ -720,6 +754,23 @@ def test_many_watchers_leave_a_server_that_is_away_alone(valkey: Server) -> None
         for reading in readings:
             await reading.end()
             assert reading.ids() == ids_of(valkey, "t")
+
+    run(valkey.url, main)
+
+
+def test_server_that_stays_away_is_never_said_to_be_back(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that asks nothing of what is away, as that for lost streams, has not found it back either."""
+    monkeypatch.setattr(hub_module, "LOST_STREAMS_SECONDS", 0.05)
+
+    async def main(hub: Hub) -> None:
+        reading = Reading(hub, {"t": "0"})
+        await until(lambda: hub.watchers.get("t"), "it watches")
+        await asyncio.to_thread(valkey.stop)
+        await until(lambda: not hub.is_up, "the hub knows")
+        for _ in range(20):
+            await hub._look_around(hub._find_lost_streams)
+            assert not hub.is_up
+        assert reading.notices == [False]
 
     run(valkey.url, main)
 
