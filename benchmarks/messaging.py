@@ -41,13 +41,14 @@ Pair = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 @contextmanager
-def server() -> Iterator[str]:
+def server(*settings: str) -> Iterator[str]:
     """Start a server in a folder of its own; yield its URL."""
     with tempfile.TemporaryDirectory() as directory:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", ""]
+        command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", directory]
+        command += settings or ("--save", "")
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             for _ in range(500):

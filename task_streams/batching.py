@@ -71,7 +71,7 @@ class SharedScript:
     """A script that many threads call, like redis-py's Script; those who wait at the same time share a round trip."""
 
     def __init__(self, client: Client, script: Any) -> None:
-        self._client, self._script = client, script
+        self._client, self.script = client, script
         self._mutex = threading.Lock()
         self._waiting: list[_Waiting] = []
         self._is_sending = False
@@ -79,13 +79,18 @@ class SharedScript:
     def __call__(self, *, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run the script; return its reply, or raise redis-py's error. Blocks for a round trip or two."""
         if isinstance(self._client, RedisCluster):  # whose client sends them one by one: better each on its own
-            return self._script(keys=keys, args=args)
-        mine = _Waiting((self._script, keys, args))
+            return self.script(keys=keys, args=args)
         with self._mutex:
-            self._waiting.append(mine)
-            leads, self._is_sending = not self._is_sending, True
-        if not leads:
-            mine.wake.acquire()  # until it is answered, or it is this thread's turn to send
+            is_alone = not self._is_sending
+            self._is_sending = True
+            if not is_alone:
+                self._waiting.append(mine := _Waiting((self.script, keys, args)))
+        if is_alone:
+            try:
+                return self.script(keys=keys, args=args)
+            finally:
+                self._pass_on([])
+        mine.wake.acquire()  # until it is answered, or it is this thread's turn to send
         if not mine.is_answered:
             self._send_for_all()
         if isinstance(mine.reply, BaseException):
@@ -101,8 +106,12 @@ class SharedScript:
             replies = [error] * len(batch)
         for one, reply in zip(batch, replies, strict=True):
             one.reply, one.is_answered = reply, True
+        self._pass_on(batch)
+
+    def _pass_on(self, answered: list[_Waiting]) -> None:
+        """Let the first of those who wait now send, and wake those who are answered."""
         with self._mutex:
             successors = self._waiting[:1]
             self._is_sending = bool(successors)
-        for one in successors + batch:  # the next sender first: its round trip goes on while the others wake
+        for one in successors + answered:  # the sender first: its round trip goes on while the others wake
             one.wake.release()

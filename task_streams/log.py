@@ -5,9 +5,9 @@ entry id is <ms>-<seq>, so it serves as the cursor everywhere and tells how many
 """
 
 import logging
+import secrets
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -102,10 +102,9 @@ class TaskLog:
     ) -> None:
         self.task_id = str(task_id)
         self.redis = connect() if client is None else client
-        self.attempt, self.token, self.lease = attempt, token or uuid.uuid4().hex, lease
+        self.attempt, self.token, self.lease = attempt, token or secrets.token_hex(16), lease
         self.maxlen, self.ttl_seconds = maxlen, ttl_seconds
-        self._script = load(self.redis, "append")
-        self._append = script or self._script
+        self._append = script or SharedScript(self.redis, load(self.redis, "append"))
         self._number = 0
         self._lock = threading.Lock()
 
@@ -145,7 +144,7 @@ class TaskLog:
 
         The number of the event is taken: what is added next comes after it. Raises as add() does.
         """
-        return self._script, [*self._keys, *more_keys], self._prepare(event, fields)
+        return self._append.script, [*self._keys, *more_keys], self._prepare(event, fields)
 
     def _prepare(self, event: str, fields: dict[str, Any]) -> list[Any]:
         if not event.isidentifier() or event in ("gap", "reset"):
@@ -153,8 +152,8 @@ class TaskLog:
         if clash := RESERVED & fields.keys():
             raise ValueError(f"the field {min(clash)!r} is written by the log itself")
         pairs = [text for name, value in fields.items() for text in (name, encode(value))]
-        size = sum(len(text.encode()) for text in pairs)
-        if size > MAX_EVENT_BYTES:
+        characters = sum(map(len, pairs))
+        if characters > MAX_EVENT_BYTES // 4 and (size := len("".join(pairs).encode())) > MAX_EVENT_BYTES:
             raise ValueError(f"the event {event} has {size:,} bytes; the limit is {MAX_EVENT_BYTES:,}")
         self._number += 1
         terminal = int(event in keys.TERMINAL)
@@ -180,18 +179,20 @@ class TaskLog:
     def _insist(self, args: list[Any]) -> Any:
         """Run append.lua, again and again while Redis is away, for as long as the lease may be believed."""
         limit = time.monotonic() + UNLEASED_PATIENCE_SECONDS
-        for delay in delays():
+        wait = None
+        while True:
             self._check_lease()
             try:
                 return self._append(keys=self._keys, args=args)
             except REDIS_ERRORS as error:
+                wait = wait or delays()
+                delay = next(wait)
                 if not is_transient(error) or (self.lease is None and time.monotonic() + delay > limit):
                     raise
             if self.lease is not None:
                 self.lease.lost.wait(delay)
             else:
                 time.sleep(delay)
-        raise AssertionError("delays() never ends")
 
     def _check_lease(self) -> None:
         if self.lease is not None and self.lease.is_over:

@@ -11,11 +11,11 @@ lost. Only BRPOP cannot be: what it popped in vain, recover finds in the ledger.
 
 import logging
 import re
+import secrets
 import threading
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal
@@ -80,7 +80,7 @@ class Malformed(ValueError):
     """An element of the list is no task; the message says why."""
 
 
-def parse_element(element: bytes) -> Task:
+def parse_element(element: bytes, token: str = "") -> Task:
     """Return the task in a list element, b'{"id": 7, "data": …}'. Raises Malformed with the reason."""
     if len(element) > MAX_DATA_BYTES + 1_000:  # id and punctuation have room in the rest
         raise Malformed(f"the element has {len(element):,} bytes; the limit is {MAX_DATA_BYTES:,}")
@@ -97,7 +97,7 @@ def parse_element(element: bytes) -> Task:
     if "id" not in value or "data" not in value:
         raise Malformed(f'has no "{"data" if "id" in value else "id"}"')
     try:
-        return Task(check_id(value["id"]), value["data"])
+        return Task(check_id(value["id"]), value["data"], token=token)
     except ValueError as error:
         raise Malformed(str(error)) from error
 
@@ -282,7 +282,7 @@ class TaskQueue:
     ) -> Task | None:
         """Claim the task of a popped element. None where it is dropped: a copy of a task that is held or has ended, or
         a malformed element, which goes to `dead` with the reason. Pass a token of your own to repeat a claim."""
-        token = token or uuid.uuid4().hex
+        token = token or secrets.token_hex(16)
         call = partial(self.claim_many, [(element, token)], worker=worker, lease_seconds=lease_seconds)
         [(task, _)] = repeat(call, self.patience_seconds)
         if isinstance(task, Exception):
@@ -409,7 +409,7 @@ class TaskQueue:
             raise ValueError(f"task {task_id} has ended already: {status}")
         if status != "waiting":
             return None
-        token = uuid.uuid4().hex
+        token = secrets.token_hex(16)
         _, *call = self._claim_call(task_id, "", "cancel", LEASE_SECONDS, token)
         return _claimed(task_id, token, self._run("claim", *call))
 
@@ -504,7 +504,7 @@ class TaskQueue:
 
 def _parsed(element: bytes, token: str) -> Task | Malformed:
     try:
-        return replace(parse_element(element), token=token)
+        return parse_element(element, token)
     except Malformed as error:
         return error
 

