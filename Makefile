@@ -3,10 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check dashboard screenshots stop clean
+PARTS := part1 part2 part3 part4 part5 part6 part7 part8
+.PHONY: help demo test check bench chaos soak dashboard screenshots cluster sentinel $(PARTS) stop clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@printf 'part1 … part8\ta clean server, and what that part of the tutorial needs\n' | expand -t 14
 
 demo: .venv/ready  ## three tasks, an agent, and their streams, live in this terminal
 	@$(BIN)/python demo.py
@@ -16,6 +18,24 @@ test: .venv/ready  ## every test, on all cores
 
 check: .venv/ready  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+bench: .venv/ready  ## how fast, as ratios against bare Redis; writes docs/performance.md (about 10 minutes)
+	@$(BIN)/python benchmarks/speed.py --write
+
+chaos: .venv/ready  ## break everything, for longer than the tests do (10 minutes at most)
+	@CHAOS_SECONDS=$(or $(SECONDS_EACH),20) timeout 600 $(BIN)/python -m pytest tests/chaos $(ARGS)
+
+soak: .venv/ready  ## 10 minutes of work, to see that memory stays flat
+	@$(BIN)/python benchmarks/soak.py
+
+$(PARTS): .venv/ready
+	@$(BIN)/python tutorial/start.py $(@:part%=%)
+
+cluster: .venv/ready  ## a Redis Cluster of six nodes on this machine, until Ctrl-C
+	@$(BIN)/python tutorial/topologies.py cluster
+
+sentinel: .venv/ready  ## a master, a replica and three sentinels on this machine, until Ctrl-C
+	@$(BIN)/python tutorial/topologies.py sentinel
 
 dashboard: .venv/ready  ## watch tasks in the browser
 	@$(BIN)/python dashboard.py

@@ -32,3 +32,18 @@ def test_watchers_benchmark_compares_the_hub_with_a_connection_each(script: Star
     assert [results[side]["deliveries"] for side in ("hub", "naive")] == [80, 80]
     assert results["hub"]["redis_connections"] < 40 <= results["naive"]["redis_connections"]
     assert set(results["ratios"]) <= set(results["hub"])
+
+
+def test_soak_says_whether_memory_grows(script: Start) -> None:
+    """Every task ends, watchers come and go, and the exit code says what the figures say."""
+    process = script("", "benchmarks/soak.py", "--seconds", "6", "--watchers", "10", "--json")
+    out, progress = process.communicate(timeout=60)
+
+    results = json.loads(out)
+
+    assert "Traceback" not in progress
+    assert (results["owed"], results["refused"]) == (0, 0)
+    assert sum(results["ended"].values()) == results["tasks"] > 20
+    assert results["connections_of_watchers"] > 10 and results["events_to_watchers"] > results["tasks"]
+    assert list(results["memory"]) == ["worker 1", "worker 2", "dashboard", "server (used_memory)"]
+    assert process.returncode == (0 if results["is_flat"] else 1)

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from conftest import Server, wait_until
 
 from task_streams import keys
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from speed import MEASURES
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -43,6 +47,33 @@ def test_links_lead_to_files() -> None:
     for page in [DOCS.parent / "README.md", *DOCS.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_guarantees_name_tests_that_exist() -> None:
+    """Each file that docs/guarantees.md calls proof is there, and has tests."""
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", (DOCS / "guarantees.md").read_text()))
+    assert len(named) > 10
+
+    for name in named:
+        assert "def test_" in (DOCS.parent / name).read_text(), f"{name} tests nothing"
+
+
+def test_performance_page_has_the_rows_of_the_programs() -> None:
+    """The tables of docs/performance.md were written by the measures that the programs have now, with their goals."""
+    page = (DOCS / "performance.md").read_text()
+    table = page.partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if "/s |" in line or " ms |" in line
+    ]
+
+    assert [row[:2] for row in rows] == [[what, beside] for what, beside, _, _ in MEASURES.values()]
+    for row, (_, _, target, sense) in zip(rows, MEASURES.values(), strict=True):
+        least, median, greatest = map(float, row[4].split(" · "))
+        assert least <= median <= greatest
+        reached = median >= target if sense == "at least" else median <= target
+        assert row[5] == f"{sense} {target:g}" + ("" if reached else " **missed**")
 
 
 # -- the messaging guide: every block is run --------------------------------------------------------------------
