@@ -266,7 +266,6 @@ async def events_of_tasks(request: Request) -> Response:
     except ValueError as error:
         raise Problem(400, str(error)) from error
     if named:  # those that a cursor leaves out have ended
-        cursors = cursors or {}
         chosen = {task_id: cursors.get(task_id, "0") for task_id in named if not last or task_id in cursors}
         for task_id, cursor in chosen.items():
             if not await is_over(hub, task_id, cursor):
@@ -275,17 +274,18 @@ async def events_of_tasks(request: Request) -> Response:
     since = hub.position if position is None else position
     if since is None:
         raise LostConnection("Redis has not been asked yet")
-    if position is None or cursors is None:  # a new client, or one that had too many tasks to name them
-        unfinished = await hub.redis.zrange(keys.UNFINISHED, "-inf", since, byscore=True)
-        cursors = {**dict.fromkeys(unfinished, "0"), **(cursors or {})}
-    return event_source(request, frames_of_tasks(hub, cursors, since))
+    put_at: dict[str, float] = {}
+    if position is None:  # a new client
+        put_at = dict(await hub.redis.zrange(keys.UNFINISHED, "-inf", since, byscore=True, withscores=True))
+        cursors = {**dict.fromkeys(put_at, "0"), **cursors}
+    return event_source(request, frames_of_tasks(hub, cursors, since, put_at))
 
 
 async def is_over(hub: Hub, task_id: str, cursor: str) -> bool:
     """Say whether nothing will come after a cursor: then the answer is 204, and a browser does not connect again."""
     newest = await hub.redis.xrevrange(keys.stream(task_id), count=1)
     if not newest:  # not written yet, or expired
-        return await hub.redis.hget(keys.record(task_id), "status") in keys.TERMINAL
+        return await hub.has_expired(task_id)
     entry_id, entry = newest[0]
     return entry.get("event") in keys.TERMINAL and (cursor == "$" or order(cursor) == order(entry_id))
 

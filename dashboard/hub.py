@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 from weakref import WeakSet
@@ -95,10 +95,13 @@ class Hub:
             await reader.close()
         await self.client.aclose()
 
-    def watch(self, cursors: dict[str, str], since: int | None = None) -> "Watcher":
+    def watch(
+        self, cursors: dict[str, str], since: int | None = None, put_at: Mapping[str, float] | None = None
+    ) -> "Watcher":
         """Return a watcher of the events after a cursor (entry id) of each task; with `since`, a time in ms, also of
-        every task that was put after it, and that will be put."""
-        return Watcher(self, cursors, since)
+        every task that was put after it, and that will be put. `put_at`: when (ms) those tasks were put of `cursors`
+        that a position must be able to stand for."""
+        return Watcher(self, cursors, since, put_at)
 
     async def history(self, task_id: str, until: str) -> AsyncIterator[Event]:
         """Yield the events up to an entry id, "$" for all, in pages; wait where Redis is away."""
@@ -118,6 +121,12 @@ class Hub:
             if not page:
                 return
             cursor, wait = f"({page[-1][0]}", delays()
+
+    async def has_expired(self, task_id: str) -> bool:
+        """Say whether a task has ended and its stream is gone."""
+        status = await self.redis.hget(keys.record(task_id), "status")
+        # subtle: only then the stream, which has the end before the record: it may be written just now
+        return status in keys.TERMINAL and not await self.redis.exists(keys.stream(task_id))
 
     def all_watchers(self) -> "WeakSet[Watcher]":
         return self._all
@@ -457,9 +466,12 @@ class Watcher:
     `cursors` maps each task that has not ended to the last entry id that was yielded: from there a new watcher goes on.
     """
 
-    def __init__(self, hub: Hub, cursors: dict[str, str], since: int | None) -> None:
+    def __init__(
+        self, hub: Hub, cursors: dict[str, str], since: int | None, put_at: Mapping[str, float] | None = None
+    ) -> None:
         self.hub = hub
         self.cursors = dict(cursors)
+        self.put_at = dict(put_at or {})  # task id -> when it was put (ms), of those that nobody named
         self._named = frozenset(cursors)
         self._since = since
         self._joined_at = hub.position or 0  # what was put up to then, the hub offers no more
@@ -488,7 +500,7 @@ class Watcher:
         if self._since is not None and self._joined_at < put_at <= self._since:
             return  # another dashboard, which was a little ahead, has sent it to this client
         if task_id not in self._named and task_id not in self.cursors:
-            self.cursors[task_id] = "0"
+            self.cursors[task_id], self.put_at[task_id] = "0", put_at
             self.read_again(task_id)
 
     def push(self, item: Item) -> None:
@@ -539,7 +551,9 @@ class Watcher:
                         # subtle: sending never waits where a socket has room, or is lost: let others run
                         await asyncio.sleep(0)
                 elif self._queue:
-                    for item in self._take(self._queue.popleft()):
+                    queued = self._queue.popleft()
+                    # subtle: where reading a stream has failed half-way, what came meanwhile is not what comes next
+                    for item in self._take(queued) if queued.task_id not in self._behind else ():
                         yield item
                         await asyncio.sleep(0)  # as above
                 else:
@@ -561,9 +575,10 @@ class Watcher:
                 newest = await redis.xrevrange(keys.stream(self._from_now[-1]), count=1)
                 self.cursors[self._from_now.pop()] = newest[0][0] if newest else "0-0"
             if self._since is not None and self._since < self._joined_at:
-                missed = await redis.zrange(keys.RECENT, f"({self._since}", self._joined_at, byscore=True)
-                for task_id in missed:
-                    self.offer(task_id, self._joined_at)
+                span = {"start": f"({self._since}", "end": self._joined_at, "byscore": True, "withscores": True}
+                missed = await redis.zrange(keys.UNFINISHED, **span)  # more, and older ones, than RECENT keeps
+                for task_id, put_at in sorted(missed + await redis.zrange(keys.RECENT, **span), key=lambda of: of[1]):
+                    self.offer(task_id, put_at)
         except (RedisError, RedisClusterException) as error:
             if not may_pass(error):
                 raise
@@ -577,7 +592,7 @@ class Watcher:
             newest = await redis.xrevrange(stream, count=1)
             last = newest[0][0] if newest else "0-0"
             cursor = self.cursors[task_id]
-            if not newest and await redis.hget(keys.record(task_id), "status") in keys.TERMINAL:
+            if not newest and await self.hub.has_expired(task_id):
                 self._leave(task_id)  # it ended long ago, and its stream has expired
                 return
             if order(cursor) > order(last) or await self._is_lost(cursor, last, stream):
@@ -635,6 +650,7 @@ class Watcher:
 
     def _leave(self, task_id: str) -> None:
         self.cursors.pop(task_id, None)
+        self.put_at.pop(task_id, None)
         self._seqs.pop(task_id, None)
         self._behind.pop(task_id, None)
         self._joined.discard(task_id)

@@ -83,14 +83,19 @@ def _ag_ui(events: list[BaseEvent], entry_id: str | None) -> bytes:
     return "".join(frames).encode()
 
 
-async def frames_of_tasks(hub: Hub, cursors: dict[str, str], since: int | None = None) -> AsyncIterator[bytes]:
+async def frames_of_tasks(
+    hub: Hub, cursors: dict[str, str], since: int | None = None, put_at: Mapping[str, float] | None = None
+) -> AsyncIterator[bytes]:
     """Yield the frames of several tasks: the id holds a cursor for each of them that has not ended.
 
     With `since` also of the tasks that were put after that time (ms); then the id holds such a position, too, and a
-    first one comes at once: who is cut off before any event goes on from there.
+    first one comes at once: who is cut off before any event goes on from there. `put_at` says of tasks that the client
+    did not name when they were put (ms): where an id cannot hold all cursors, its position is before theirs.
     """
-    watcher = hub.watch(cursors, since)
-    first = f"id: {join_cursors(cursors, since)}\n" if since is not None and "$" not in cursors.values() else ""
+    watcher = hub.watch(cursors, since, put_at)
+    first = ""
+    if since is not None and "$" not in cursors.values():
+        first = f"id: {join_cursors(cursors, since, watcher.put_at)}\n"
     yield f"retry: {RETRY_MS}\n{first}\n".encode()
     async for item in watcher:
         if not isinstance(item, Item):
@@ -99,27 +104,37 @@ async def frames_of_tasks(hub: Hub, cursors: dict[str, str], since: int | None =
         # subtle: the item's own id last. While a `gap` is sent, the watcher's cursor is past the event that follows it.
         cursors = {**watcher.cursors, item.task_id: item.event.id}
         position = None if since is None else watcher.position
-        yield frame(data_of(item), name_of(item), join_cursors(cursors, position))
+        yield frame(data_of(item), name_of(item), join_cursors(cursors, position, watcher.put_at))
 
 
 def frame_of_redis(is_up: bool) -> bytes:
     return frame({"redis": "up" if is_up else "down"}, "redis")
 
 
-def join_cursors(cursors: Mapping[str, str], position: int | None = None) -> str | None:
+def join_cursors(
+    cursors: Mapping[str, str], position: int | None = None, put_at: Mapping[str, float] | None = None
+) -> str | None:
     """Return a position and cursors as one event id. join_cursors({"7": "17-1"}, 1700) -> '@1700,7=17-1'
 
-    Where there are too many cursors: with a position '@1700,*', for all that have not ended; else None.
+    Where there are too many cursors: without a position None; else those of the tasks that were put first, and the
+    position is before all others, which come again from their starts, as does what was put after them.
     """
-    are_too_many = len(cursors) > MAX_CURSOR_TASKS
-    if are_too_many and position is None:
-        return None
-    pairs = ["*"] if are_too_many else [f"{task_id}={cursor}" for task_id, cursor in cursors.items()]
-    return ",".join(pairs if position is None else [f"@{position}", *pairs])
+    if position is None:
+        if len(cursors) > MAX_CURSOR_TASKS:
+            return None
+        return ",".join(f"{task_id}={cursor}" for task_id, cursor in cursors.items())
+    when = put_at or {}
+    by_age = (
+        sorted(cursors, key=lambda task_id: when.get(task_id, 0)) if len(cursors) > MAX_CURSOR_TASKS else [*cursors]
+    )
+    rest = by_age[MAX_CURSOR_TASKS:]
+    # subtle: what has just ended, and was named by the client before, is in no need of a place
+    position = min([position, *[int(when[task_id]) - 1 for task_id in rest if task_id in when][:1]])
+    return ",".join([f"@{position}", *(f"{task_id}={cursors[task_id]}" for task_id in by_age[:MAX_CURSOR_TASKS])])
 
 
-def split_cursors(text: str) -> tuple[dict[str, str] | None, int | None]:
-    """Return the cursors (None for '*') and the position in an event id of several tasks. Raises ValueError."""
+def split_cursors(text: str) -> tuple[dict[str, str], int | None]:
+    """Return the cursors and the position in an event id of several tasks. Raises ValueError."""
     parts = text.split(",") if text else []
     position = None
     if parts and parts[0].startswith("@"):
@@ -127,8 +142,6 @@ def split_cursors(text: str) -> tuple[dict[str, str] | None, int | None]:
         if not (digits.isascii() and digits.isdigit() and len(digits) <= MAX_POSITION_DIGITS):
             raise ValueError(f"not a position in an event id: {digits[:50]!r}")
         position = int(digits)
-        if parts == ["*"]:
-            return None, position
     if len(parts) > MAX_CURSOR_TASKS:
         raise ValueError(f"an event id of more than {MAX_CURSOR_TASKS} tasks")
     pairs = [part.rpartition("=") for part in parts]

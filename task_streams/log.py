@@ -344,9 +344,9 @@ def _is_unknown(cursor: str, last: str, task_id: str, redis: Client) -> bool:
 def _expired(task_ids: list[str], redis: Client) -> list[str]:
     """Return those tasks that have ended and whose streams are gone."""
     with redis.pipeline(transaction=False) as pipe:
-        for task_id in task_ids:
-            pipe.exists(keys.stream(task_id))
+        for task_id in task_ids:  # subtle: in this order, since a task may begin and end between the two
             pipe.hget(keys.record(task_id), "status")
+            pipe.exists(keys.stream(task_id))
         replies = pipe.execute()
     pairs = zip(task_ids, replies[::2], replies[1::2], strict=True)
-    return [task_id for task_id, stream, status in pairs if not stream and status in keys.TERMINAL]
+    return [task_id for task_id, status, stream in pairs if not stream and status in keys.TERMINAL]

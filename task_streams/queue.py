@@ -26,7 +26,7 @@ from redis.exceptions import TimeoutError as NotInTime
 from ailf.messaging.redis import Client, blocking_client, connect, encode, from_json, to_json
 
 from . import keys
-from .batching import Call, run_many
+from .batching import Call, run, run_many
 from .lua import load
 from .retrying import repeat
 
@@ -147,7 +147,7 @@ class TaskQueue:
         return blocking_client(self.redis, BLOCK_SECONDS, decode_responses=False, client_name=self._name)
 
     def _run(self, name: str, script_keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return repeat(lambda: self._scripts[name](keys=script_keys, args=args), self.patience_seconds)
+        return repeat(partial(run, self.redis, (self._scripts[name], script_keys, args)), self.patience_seconds)
 
     def _run_many(self, name: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
         """Run a script once for each (keys, args), in one round trip. Raises the first error among the replies."""

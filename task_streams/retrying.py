@@ -27,15 +27,15 @@ def delays() -> Iterator[float]:
 def repeat(call: Callable[[], T], patience_seconds: float) -> T:
     """Call an idempotent function until it succeeds, for patience_seconds at most; then raise its last error."""
     began = time.monotonic()
-    warned = False
-    for delay in delays():
+    wait = None
+    while True:
         try:
             return call()
         except REDIS_ERRORS as error:
+            is_first, wait = wait is None, wait or delays()
+            delay = next(wait)
             if not is_transient(error) or time.monotonic() + delay > began + patience_seconds:
                 raise
-            if not warned:
+            if is_first:
                 logger.warning("Redis does not serve (%s); trying for %g s", reason_of(error), patience_seconds)
-            warned = True
         time.sleep(delay)
-    raise AssertionError("delays() never ends")

@@ -232,7 +232,8 @@ class _Worker:
                         return
                     used = self.take_in()
                 finally:
-                    self.slots.release(free - used) if free > used else None
+                    if free > used:
+                        self.slots.release(free - used)
                 if burst and used == 0 and not self.running and self.attempt("count", self.queue.owed) == 0:
                     return
                 wait = delays()

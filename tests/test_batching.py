@@ -13,53 +13,39 @@ from task_streams.batching import SharedScript, run_many
 COUNT = "return redis.call('INCRBY', KEYS[1], ARGV[1])"
 
 
-@pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the batches that are sent, as they are sent; a call that goes alone is in none."""
-    found: list[int] = []
-
-    def count(client: Any, calls: Any) -> Any:
-        found.append(len(calls))
-        return run_many(client, calls)
-
-    monkeypatch.setattr("task_streams.batching.run_many", count)
-    return found
-
-
-def test_calls_that_come_while_one_is_under_way_share_a_round_trip(valkey: Server, sizes: list[int]) -> None:
+def test_calls_that_come_while_one_is_under_way_share_a_round_trip(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first goes alone and at once; the eight others, who had to wait for it, go together; each gets its reply."""
     client = valkey.client()
-    count = client.register_script(COUNT)
-    under_way, go_on = threading.Event(), threading.Event()
+    shared = SharedScript(client, client.register_script(COUNT))
+    sizes: list[int] = []
+    go_on = threading.Event()
 
-    class Held:
-        sha, script = count.sha, count.script
+    def send(client: Any, calls: Any) -> Any:
+        sizes.append(len(calls))
+        assert go_on.wait(30)
+        return run_many(client, calls)
 
-        def __call__(self, **call: Any) -> Any:
-            under_way.set()
-            assert go_on.wait(30)
-            return count(**call)
-
-    shared = SharedScript(client, Held())
+    monkeypatch.setattr("task_streams.batching.run_many", send)
 
     with ThreadPoolExecutor(9) as threads:
         first = threads.submit(shared, keys=["first"], args=[1])
-        assert under_way.wait(30)
+        wait_until(lambda: sizes, "it is under way")
         others = [threads.submit(shared, keys=[f"k{n}"], args=[n]) for n in range(8)]
         wait_until(lambda: len(shared._waiting) == 8, "all of them wait")
         go_on.set()
         replies = [first.result(), *(other.result() for other in others)]
 
     assert replies == [1, 0, 1, 2, 3, 4, 5, 6, 7]
-    assert sizes == [8]
+    assert sizes == [1, 8]
 
 
-def test_call_alone_is_sent_at_once(valkey: Server, sizes: list[int]) -> None:
-    """Nobody waits for company: three calls, one after the other, go without a batch."""
+def test_calls_one_after_the_other_go_at_once(valkey: Server) -> None:
+    """Nobody waits for company: with no other thread, each call is answered."""
     shared = SharedScript(client := valkey.client(), client.register_script(COUNT))
 
     assert [shared(keys=["n"], args=[1]) for _ in range(3)] == [1, 2, 3]
-    assert sizes == []
 
 
 def test_each_of_many_threads_gets_its_own_reply_or_error(valkey: Server) -> None:

@@ -47,3 +47,34 @@ def test_soak_says_whether_memory_grows(script: Start) -> None:
     assert results["connections_of_watchers"] > 10 and results["events_to_watchers"] > results["tasks"]
     assert list(results["memory"]) == ["worker 1", "worker 2", "dashboard", "server (used_memory)"]
     assert process.returncode == (0 if results["is_flat"] else 1)
+
+
+def test_memory_benchmark_takes_apart_what_a_finished_task_takes(script: Start) -> None:
+    """A smaller node makes a finished task smaller, the parts are within the whole, and a lost task is found."""
+    process = script("", "benchmarks/memory.py", "--waiting", "400", "--finished", "20,60", "--json")
+    out, err = process.communicate(timeout=60)
+
+    results = json.loads(out)
+    default, embedded = results["finished"]["4096"], results["finished"]["1024"]
+
+    assert (process.returncode, err) == (0, "")
+    assert embedded["after 60"] < default["after 60"]
+    for found in (default, embedded):
+        assert found["raw"] < found["stream"]
+        assert found["stream"] + found["writer"] + found["record"] < found["after 60"]
+    assert results["waiting"]["recover calls"] >= 1 and results["waiting"]["drain"] > 0
+
+
+def test_peers_benchmark_runs_this_queue_beside_a_bare_loop(script: Start) -> None:
+    """Every task is done on each side that is installed, and what is not installed is said to be so."""
+    process = script(
+        "", "benchmarks/peers.py", "--rounds", "1", "--tasks", "50", "--only", "ours", "--no-kill", "--json"
+    )
+    out, progress = process.communicate(timeout=60)
+
+    results = json.loads(out)
+
+    assert process.returncode == 0 and "Traceback" not in progress
+    assert list(results["results"]) == ["bare", "ours"]
+    assert all(found["drain"] > 0 and found["put"] > 0 and found["start"] > 0 for found in results["results"].values())
+    assert {"rq", "celery", "dramatiq", "arq", "huey", "taskiq"} <= set(results["versions"])
