@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from conftest import ROOT, wait_until
 
+# The servers begin at the ports of `make cluster`, as part 8 of the tutorial does: one after the other.
+pytestmark = pytest.mark.xdist_group("ports of make cluster")
+
 Start = Callable[..., "subprocess.Popen[str]"]
 
 

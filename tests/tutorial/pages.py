@@ -273,6 +273,11 @@ class Terminal:
         with contextlib.suppress(OSError):
             foreground = os.tcgetpgrp(self.master)
             if foreground not in (0, self.process.pid):
+                os.killpg(foreground, signal.SIGHUP)  # as a terminal that is closed does: it ends its servers, too
+                deadline = time.monotonic() + 5
+                while time.monotonic() < deadline:
+                    os.killpg(foreground, 0)  # OSError: all of them have gone
+                    time.sleep(0.02)
                 os.killpg(foreground, signal.SIGKILL)
         self.process.send_signal(signal.SIGHUP)  # bash passes it on to its jobs
         try:

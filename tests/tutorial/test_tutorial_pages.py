@@ -31,9 +31,12 @@ BRACKETS = ("", "leave it running", "still running", "it ends")
 OUTSIDE = re.compile(r"\b(?:pip3?|apt|apt-get|brew|docker|npm|git)\b|https?://(?!127\.0\.0\.1|localhost)")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+# Part 8 starts a cluster on the ports that `make cluster` takes, as tests/test_topologies.py does: one after the other.
+CLUSTER_PORTS = pytest.mark.xdist_group("ports of make cluster")
+RUN = [pytest.param(page, marks=CLUSTER_PORTS if page.stem == "part8" else (), id=page.stem) for page in PAGES]
 
 
-@each_page
+@pytest.mark.parametrize("page", RUN)
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     """Every command of a page, typed in order into real terminals, prints what the page shows."""
     if not shutil.which("redis-cli"):
