@@ -20,7 +20,7 @@ check: .venv/ready  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 bench: .venv/ready  ## how fast, as ratios against bare Redis; writes docs/performance.md (about 10 minutes)
-	@$(BIN)/python benchmarks/speed.py --write
+	@$(BIN)/python benchmarks/speed.py --write && $(BIN)/python benchmarks/memory.py --write
 
 chaos: .venv/ready  ## break everything, for longer than the tests do (10 minutes at most)
 	@CHAOS_SECONDS=$(or $(SECONDS_EACH),20) timeout 600 $(BIN)/python -m pytest tests/chaos $(ARGS)

@@ -7,6 +7,7 @@ See:     tutorial/part1.md
 
 import os
 import re
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> int:
     page = pages[argv[0]].read_text(encoding="utf-8")
     print(f"a clean server runs at redis://{embedded.HOST}:{port} (to stop it: make stop)")
     print(f"read tutorial/part{argv[0]}.md: {page.partition(chr(10))[0].removeprefix('# ')}")
-    print("\nin every terminal, first:\n    source .venv/bin/activate")
+    print("\nopen new terminals, and close those of other parts; in each, first:")
+    print(f"    cd {shlex.quote(str(TUTORIAL.parent))}; source .venv/bin/activate")
     if port != embedded.PORT:
         print(f"    export REDIS_URL=redis://{embedded.HOST}:{port}; alias redis-cli='redis-cli -p {port}'")
     elif os.environ.get("REDIS_URL"):

@@ -74,10 +74,13 @@ def test_page_shows_the_code_of_the_tree(page: Path) -> None:
 
 
 def test_part3_shows_the_consumer_of_the_tree() -> None:
-    """Part 3 shows the handler of consumer.py, whole and as it is."""
-    shown = {block.before: block.lines for block, _ in shown_code((TUTORIAL / "part3.md").read_text())}
+    """Part 3 shows the handler of consumer.py, whole and as it is, and says truly that main() runs just that."""
+    page, consumer = (TUTORIAL / "part3.md").read_text(), (ROOT / "consumer.py").read_text()
+    shown = {block.before: block.lines for block, _ in shown_code(page)}
 
-    assert "\n".join(shown["<!-- from consumer.py: handle -->"]) in (ROOT / "consumer.py").read_text()
+    assert "\n".join(shown["<!-- from consumer.py: handle -->"]) in consumer
+    assert "`main()` calls `run_worker(handle)`" in page
+    assert "return run_worker(handle, **worker_options(args))" in consumer
 
 
 @each_page
