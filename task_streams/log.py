@@ -296,6 +296,11 @@ def follow(
                 event = Event.from_entry(*entry)
                 seq, expected = event.fields.get("seq"), seqs[task_id]
                 if isinstance(seq, int):
+                    if expected and seq <= expected and _is_unknown(cursors[task_id], event.id, task_id, blocking):
+                        # the server became a replica of one that has other entries, and kept this connection
+                        yield task_id, Event(cursors[task_id], "reset", {"cursor": cursors[task_id], "last": event.id})
+                        cursors[task_id], seqs[task_id] = "0", 0
+                        break
                     if expected is not None and seq > expected + 1:
                         yield task_id, Event(cursors[task_id], "gap", {"missed": seq - expected - 1})
                     seqs[task_id] = seq

@@ -211,13 +211,16 @@ class TaskQueue:
         A block is a tenth of what this queue has put before, so that gaps in the numbers stay rare.
         """
         with self._ids_lock:
-            missing = count - len(self._ids)
-            if missing > 0:
-                drawn = max(missing, min(self._put_before // 10, MOST_IDS) if count == 1 else 0)
-                last = int(repeat(lambda: self.redis.incrby(keys.COUNTER, drawn), self.patience_seconds))
-                self._ids += [str(number) for number in range(last - drawn + 1, last + 1)]
             self._put_before += count
-            return [self._ids.popleft() for _ in range(count)]
+            if len(self._ids) >= count:
+                return [self._ids.popleft() for _ in range(count)]
+            drawn = max(count, min(self._put_before // 10, MOST_IDS) if count == 1 else 0)
+        # subtle: without the lock, since others must not wait one after the other while Redis is silent
+        last = int(repeat(lambda: self.redis.incrby(keys.COUNTER, drawn), self.patience_seconds))
+        ids = [str(number) for number in range(last - drawn + 1, last + 1)]
+        with self._ids_lock:
+            self._ids += ids[count:]
+        return ids[:count]
 
     def _is_put(self, task_id: str, data: str) -> bool:
         return bool(repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds) == data)

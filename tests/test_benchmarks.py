@@ -22,15 +22,15 @@ def test_messaging_benchmark_compares_each_operation(script: Start) -> None:
 
 def test_watchers_benchmark_compares_the_hub_with_a_connection_each(script: Start) -> None:
     """Each watcher gets every event on both sides; the hub's watchers share a few connections to Redis."""
-    process = script("", "benchmarks/watchers.py", "--watchers", "40", "--tasks", "4", "--seconds", "0.5", "--json")
+    process = script("", "benchmarks/watchers.py", "--watchers", "120", "--tasks", "4", "--seconds", "0.5", "--json")
     out, err = process.communicate(timeout=60)
 
     results = json.loads(out)
 
     assert (process.returncode, err) == (0, "")
-    assert [results[side]["complete"] for side in ("hub", "naive")] == [40, 40]
-    assert [results[side]["deliveries"] for side in ("hub", "naive")] == [80, 80]
-    assert results["hub"]["redis_connections"] < 40 <= results["naive"]["redis_connections"]
+    assert [results[side]["complete"] for side in ("hub", "naive")] == [120, 120]
+    assert [results[side]["deliveries"] for side in ("hub", "naive")] == [240, 240]
+    assert results["hub"]["redis_connections"] < 120 <= results["naive"]["redis_connections"]
     assert set(results["ratios"]) <= set(results["hub"])
 
 

@@ -73,7 +73,7 @@ def test_page_shows_the_code_of_the_tree(page: Path) -> None:
         assert block.lines == code, f"line {block.number}"
 
 
-def test_part3_shows_the_consumer_of_the_tree() -> None:
+def test_stages_part3_consumer_is_the_file_of_the_tree() -> None:
     """Part 3 shows the handler of consumer.py, whole and as it is, and says truly that main() runs just that."""
     page, consumer = (TUTORIAL / "part3.md").read_text(), (ROOT / "consumer.py").read_text()
     shown = {block.before: block.lines for block, _ in shown_code(page)}
