@@ -3,9 +3,10 @@
     run_many        one thread has several calls: it sends them together
     SharedScript    many threads have one call each: one of them sends for all who wait
 
-The batches form by themselves. Who finds nobody sending sends at once; who comes meanwhile waits, and the next round
-trip takes all of them. So an idle system stays instant, and nobody waits longer than two round trips. (Databases write
-their logs so, as "group commit": DeWitt et al., Implementation Techniques for Main Memory Database Systems, 1984.)
+The batches form by themselves. Who finds a free place sends at once; who comes while AT_ONCE round trips are on their
+way waits, and the next one takes all who wait. So an idle system stays instant, and nobody waits longer than two round
+trips. (Databases write their logs so, as "group commit": DeWitt et al., Implementation Techniques for Main Memory
+Database Systems, 1984.)
 """
 
 import threading
@@ -17,22 +18,32 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from ailf.messaging.redis import Client, is_transient
 
+AT_ONCE = 3  # round trips of one script: the next batch is prepared while the server works on the last
+PACKED_AT_ONCE = 50  # commands
+
 Call = tuple[Any, Sequence[str], Sequence[Any]]  # a script (redis-py's), its keys and arguments
 
 
 def run_many(client: Client, calls: Sequence[Call]) -> list[Any]:
-    """Run scripts in order, in one round trip; a cluster's client takes them one by one. All of them may be repeated.
+    """Run scripts in order, in one round trip; a cluster's client takes them one by one.
 
     Returns the replies; where the server refuses one call, the error is its reply. Raises redis-py's error where Redis
-    is away, or refuses for a while: then any of the calls may have been carried out.
+    is away, or refuses for a while: then any of the calls may have been carried out. None is repeated here, but those
+    behind a script of another kind that the server had to be sent first.
     """
     if isinstance(client, RedisCluster):
         return [_run_in_cluster(call) for call in calls]
-    replies = _send(client, calls) if calls else []
-    if any(isinstance(reply, NoScriptError) for reply in replies):  # not sent yet, or the server has restarted
+    commands = [("EVALSHA", script.sha, len(keys), *keys, *args) for script, keys, args in calls]
+    replies = send(client, commands) if commands else []
+    missing = {place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)}
+    if missing:  # the script was not sent yet, or the server has restarted
         for source in {script.script for script, _, _ in calls}:
             client.script_load(source)
-        replies = _send(client, calls)
+        # subtle: what was carried out is not sent again, unless another script should have been carried out before it
+        shas = {commands[place][1] for place in missing}
+        again = [n for n in range(min(missing), len(commands)) if n in missing or commands[n][1] not in shas]
+        for place, reply in zip(again, send(client, [commands[n] for n in again]), strict=True):
+            replies[place] = reply
     for reply in replies:
         if isinstance(reply, Exception) and is_transient(reply):
             raise reply
@@ -57,14 +68,18 @@ def _run_in_cluster(call: Call) -> Any:
         return error
 
 
-def _send(client: Client, calls: Sequence[Call]) -> list[Any]:
+def send(client: Client, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    """Send commands in one round trip, once; return the replies, as the server sent them. Not for a cluster.
+
+    Where the server refuses one, the error is its reply. Raises redis-py's error where Redis is away.
+    """
     # Not redis-py's pipeline and Script: they take twice as long for each, and ask by SCRIPT EXISTS before a batch.
     pool = client.connection_pool
     connection = pool.get_connection()
-    commands = [("EVALSHA", script.sha, len(keys), *keys, *args) for script, keys, args in calls]
     try:
-        connection.send_packed_command(connection.pack_commands(commands))
-        return [_read(connection) for _ in calls]
+        for at in range(0, len(commands), PACKED_AT_ONCE):  # the server begins while the rest is packed
+            connection.send_packed_command(connection.pack_commands(commands[at : at + PACKED_AT_ONCE]))
+        return [_read(connection) for _ in commands]
     except BaseException:  # the rest of the replies must not be taken for those of the next command
         connection.disconnect()
         raise
@@ -80,12 +95,12 @@ def _read(connection: Any) -> Any:
 
 
 class _Waiting:
-    """A thread's call, until it is answered."""
+    """A thread's call, until it is answered or it is this thread's turn to send."""
 
-    __slots__ = ("call", "is_answered", "reply", "wake")
+    __slots__ = ("call", "is_sender", "reply", "wake")
 
     def __init__(self, call: Call) -> None:
-        self.call, self.reply, self.is_answered = call, None, False
+        self.call, self.reply, self.is_sender = call, None, False
         self.wake = threading.Lock()
         self.wake.acquire()
 
@@ -97,44 +112,61 @@ class SharedScript:
         self._client, self.script = client, script
         self._mutex = threading.Lock()
         self._waiting: list[_Waiting] = []
-        self._is_sending = False
+        self._sending = 0  # round trips on their way, AT_ONCE at most; somebody waits only where they are so many
 
     def __call__(self, *, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run the script; return its reply, or raise redis-py's error. Blocks for a round trip or two."""
+        call = self.script, keys, args
         if isinstance(self._client, RedisCluster):  # whose client sends them one by one: better each on its own
-            return run(self._client, (self.script, keys, args))
+            return run(self._client, call)
         with self._mutex:
-            is_alone = not self._is_sending
-            self._is_sending = True
-            if not is_alone:
-                self._waiting.append(mine := _Waiting((self.script, keys, args)))
-        if is_alone:
+            has_place = self._sending < AT_ONCE
+            if has_place:
+                self._sending += 1
+            else:
+                self._waiting.append(mine := _Waiting(call))
+        if has_place:
             try:
-                return run(self._client, (self.script, keys, args))
+                return run(self._client, call)
             finally:
                 self._pass_on([])
-        mine.wake.acquire()  # until it is answered, or it is this thread's turn to send
-        if not mine.is_answered:
-            self._send_for_all()
+        try:
+            mine.wake.acquire()
+        except BaseException:  # Ctrl-C: whoever waits behind must not wait for this thread
+            self._give_up(mine)
+            raise
+        if mine.is_sender:
+            self._send_for_all(mine)
         if isinstance(mine.reply, BaseException):
             raise mine.reply
         return mine.reply
 
-    def _send_for_all(self) -> None:
+    def _send_for_all(self, mine: _Waiting) -> None:
         with self._mutex:
-            batch, self._waiting = self._waiting, []
+            batch, self._waiting = [mine, *self._waiting], []
         try:
             replies = run_many(self._client, [one.call for one in batch])
         except BaseException as error:  # whatever it is, each raises it in its own thread
             replies = [error] * len(batch)
         for one, reply in zip(batch, replies, strict=True):
-            one.reply, one.is_answered = reply, True
-        self._pass_on(batch)
+            one.reply = reply
+        self._pass_on(batch[1:])
 
     def _pass_on(self, answered: list[_Waiting]) -> None:
-        """Let the first of those who wait now send, and wake those who are answered."""
+        """Give the place of a round trip that is back to the first of those who wait, and wake those it answered."""
         with self._mutex:
-            successors = self._waiting[:1]
-            self._is_sending = bool(successors)
-        for one in successors + answered:  # the sender first: its round trip goes on while the others wake
+            if self._waiting:  # the sender first: its round trip goes on while the others wake
+                sender = self._waiting.pop(0)
+                sender.is_sender = True
+                sender.wake.release()
+            else:
+                self._sending -= 1
+        for one in answered:
             one.wake.release()
+
+    def _give_up(self, mine: _Waiting) -> None:
+        with self._mutex:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+        if mine.is_sender:
+            self._pass_on([])

@@ -106,6 +106,7 @@ class TaskLog:
         self.maxlen, self.ttl_seconds = maxlen, ttl_seconds
         self._append = script or SharedScript(self.redis, load(self.redis, "append"))
         self._number = 0
+        self._ending = ""  # the terminal event that call() gave away
         self._lock = threading.Lock()
 
     @cached_property
@@ -134,6 +135,8 @@ class TaskLog:
     def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even when a cancellation was asked for: the worker's way to write the end."""
         with self._lock:  # subtle: a repeated append is known by its number, so the numbers must arrive in order
+            if self._ending:  # as a thread finds that a handler has left behind
+                raise StreamEnded(self._ending)
             outcome = self.outcome(self._insist(self._prepare(event, fields)))
         if isinstance(outcome, Exception):
             raise outcome
@@ -142,15 +145,20 @@ class TaskLog:
     def call(self, event: str, /, *more_keys: str, **fields: Any) -> Call:
         """Return the call that adds this event, to be sent with others, once or again; outcome() reads its reply.
 
-        The number of the event is taken: what is added next comes after it. Raises as add() does.
+        The number of the event is taken: what is added next comes after it, and nothing behind a terminal event.
+        Raises as add() does.
         """
-        return self._append.script, [*self._keys, *more_keys], self._prepare(event, fields)
+        with self._lock:
+            args = self._prepare(event, fields)
+            self._ending = event if event in keys.TERMINAL else ""
+        return self._append.script, [*self._keys, *more_keys], args
 
     def _prepare(self, event: str, fields: dict[str, Any]) -> list[Any]:
         if not event.isidentifier() or event in ("gap", "reset"):
             raise ValueError(f"not an event name: {event!r}")
         if clash := RESERVED & fields.keys():
             raise ValueError(f"the field {min(clash)!r} is written by the log itself")
+        "".join(fields).encode()  # a name that UTF-8 cannot hold is refused here, not among the calls of others
         pairs = [text for name, value in fields.items() for text in (name, encode(value))]
         characters = sum(map(len, pairs))
         if characters > MAX_EVENT_BYTES // 4 and (size := len("".join(pairs).encode())) > MAX_EVENT_BYTES:

@@ -26,13 +26,14 @@ from redis.exceptions import TimeoutError as NotInTime
 from ailf.messaging.redis import Client, blocking_client, connect, encode, from_json, to_json
 
 from . import keys
-from .batching import Call, run, run_many
+from .batching import Call, run, run_many, send
 from .lua import load
 from .retrying import repeat
 
 logger = logging.getLogger(__name__)
 
 MAX_DATA_BYTES = 1_000_000  # of a task's data as JSON; larger things belong in a file that the task names
+MAX_DEPTH = 500  # lists and objects in each other; Python's parser has its limit at about 1,000, less what calls it
 RECENT_TASKS = 10_000  # ids kept for lists
 DEAD_LETTERS = 10_000  # kept in `dead`; older ones go
 FINISHED_TASKS = 10_000  # entries kept of `finished`, approximately
@@ -150,12 +151,8 @@ class TaskQueue:
         return repeat(partial(run, self.redis, (self._scripts[name], script_keys, args)), self.patience_seconds)
 
     def _run_many(self, name: str, calls: Sequence[tuple[list[str], list[Any]]]) -> list[Any]:
-        """Run a script once for each (keys, args), in one round trip. Raises the first error among the replies."""
-        replies = run_many(self.redis, [(self._scripts[name], *call) for call in calls])
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
-        return replies
+        """Run a script once for each (keys, args), in one round trip; an error that concerns one is its reply."""
+        return run_many(self.redis, [(self._scripts[name], *call) for call in calls])
 
     def close(self) -> None:
         """Close the connections. The queue connects again when it is used again."""
@@ -241,7 +238,11 @@ class TaskQueue:
         def put() -> list[int]:
             nonlocal tries
             tries += 1
-            return self._run_many("put", calls) if not self.wait_replicas else self._put_and_wait(calls)
+            replies = self._run_many("put", calls) if not self.wait_replicas else self._put_and_wait(calls)
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+            return replies
 
         return repeat(put, self.patience_seconds), tries
 
@@ -266,19 +267,17 @@ class TaskQueue:
     def pop_many(self, count: int, block_seconds: float = BLOCK_SECONDS) -> list[bytes]:
         """BRPOP one element as pop() does, and RPOP up to count - 1 others that wait, in the same round trip."""
         block_seconds = min(block_seconds, BLOCK_SECONDS)
-        if count == 1 or isinstance(self._blocking, RedisCluster):  # whose pipelines repeat what fails
-            first, others = self._blocking.brpop([keys.QUEUE], timeout=block_seconds), None
-        else:
-            with self._blocking.pipeline(transaction=False) as pipe:
-                pipe.brpop([keys.QUEUE], timeout=block_seconds)
-                pipe.rpop(keys.QUEUE, count - 1)
-                replies = pipe.execute(raise_on_error=False)
-            refused = [reply for reply in replies if isinstance(reply, Exception)]
-            if len(refused) == len(replies):
-                raise refused[0]
-            # subtle: where only one was refused, as in the moment when memory is full, what the other popped counts
-            first, others = (None if isinstance(reply, Exception) else reply for reply in replies)
-        return [bytes(element) for element in [*(first or [])[1:], *(others or [])]]
+        if isinstance(self._blocking, RedisCluster):
+            first: Any = self._blocking.brpop([keys.QUEUE], timeout=block_seconds)
+            return list(first or [])[1:]
+        commands = [("BRPOP", keys.QUEUE, block_seconds), ("RPOP", keys.QUEUE, count - 1)]
+        replies = send(self._blocking, commands[:count])
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        if len(refused) == len(replies):
+            raise refused[0]
+        # subtle: where only one was refused, as in the moment when memory is full, what the other popped counts
+        first, *others = ([] if isinstance(reply, Exception) else reply or [] for reply in replies)
+        return [*first[1:], *(element for reply in others for element in reply)]
 
     def claim(
         self, element: bytes, *, worker: str, lease_seconds: float = LEASE_SECONDS, token: str = ""
@@ -338,8 +337,9 @@ class TaskQueue:
         element = self.pop(block_seconds)
         return None if element is None else self.claim(element, worker=worker, lease_seconds=lease_seconds)
 
-    def heartbeat(self, tasks: Sequence[Task], lease_seconds: float = LEASE_SECONDS) -> list[int]:
-        """Renew leases in one round trip; for each task 1 (renewed), 2 (and to be cancelled) or 0 (lost)."""
+    def heartbeat(self, tasks: Sequence[Task], lease_seconds: float = LEASE_SECONDS) -> list[int | Exception]:
+        """Renew leases in one round trip; for each task 1 (renewed), 2 (and to be cancelled), 0 (lost) or an error that
+        concerns it only."""
         lease_ms = int(lease_seconds * 1000)
         calls = [([keys.LEASES, keys.record(task.id)], [task.id, task.token, lease_ms]) for task in tasks]
         return self._run_many("heartbeat", calls)
@@ -365,14 +365,19 @@ class TaskQueue:
         """Hand tasks back, in one round trip: they are popped next, and nothing is counted. False: lease lost."""
         calls = [
             ([keys.QUEUE, keys.record(task.id), keys.LEASES], [task.id, task.token, _id_json(task.id)])
-            for task in tasks
+            for task in reversed(tasks)  # the last one that is pushed is the first to be popped
         ]
-        return [bool(reply) for reply in repeat(lambda: self._run_many("release", calls), self.patience_seconds)]
+        replies = repeat(lambda: self._run_many("release", calls), self.patience_seconds)
+        return [_is_done(reply) for reply in reversed(replies)]
 
-    def put_back(self, elements: Sequence[bytes]) -> None:
-        """Put popped elements that nobody claimed back, as the next to be popped. Repeated, it adds copies, which the
-        claim drops."""
-        repeat(lambda: self._blocking.rpush(keys.QUEUE, *reversed(elements)), self.patience_seconds)
+    def put_back(self, elements: Sequence[tuple[bytes, str]]) -> None:
+        """Put popped elements back, as the next to be popped, each with the token of a claim whose reply was lost, or
+        that was never sent. Repeated, it adds copies, which the claim drops."""
+        found = [_parsed(element, token) for element, token in elements]
+        tasks = [task for task in found if isinstance(task, Task)]
+        released = {task.token for task, was_claimed in zip(tasks, self.release(tasks), strict=True) if was_claimed}
+        if others := [element for element, token in reversed(elements) if token not in released]:
+            repeat(lambda: self._blocking.rpush(keys.QUEUE, *others), self.patience_seconds)
 
     def recover(self) -> int:
         """Push again what is owed and nobody works on (100 tasks at most); return how many. Any worker may call it."""
@@ -390,7 +395,7 @@ class TaskQueue:
             )
             for task_id in ids
         ]
-        return sum(self._run_many("recover", calls))
+        return sum(map(_is_done, self._run_many("recover", calls)))
 
     def bury(self, letter: dict[str, Any]) -> None:
         """Put a letter in `dead`, which keeps the last DEAD_LETTERS."""
@@ -505,6 +510,12 @@ class TaskQueue:
             return int(max(pipe.execute()))
 
 
+def _is_done(reply: int | Exception) -> bool:
+    if isinstance(reply, Exception):  # somebody has spoilt the keys of one task: the others need not suffer
+        logger.error("a task was left as it is: %s", reply)
+    return reply == 1
+
+
 def _parsed(element: bytes, token: str) -> Task | Malformed:
     try:
         return parse_element(element, token)
@@ -535,7 +546,21 @@ def _check_data(data: Any) -> str:
         raise ValueError(
             f"the task's data has {size:,} bytes; the limit is {MAX_DATA_BYTES:,} (put them in a file that it names)"
         )
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(data):
+        raise ValueError(f"the task's data is nested too deep; the limit is {MAX_DEPTH}")
     return text
+
+
+def _is_deep(data: Any) -> bool:
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            if isinstance(value, dict | list | tuple)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    return any(isinstance(value, dict | list | tuple) for value in level)
 
 
 def _letter(task_id: str, data: Any, reason: Any, attempts: int) -> str:

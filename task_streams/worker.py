@@ -174,9 +174,9 @@ class _Worker:
         self.running: dict[str, _Job] = {}  # by their tokens: claimed, and not finished
         self.slots = threading.Semaphore(concurrency)  # those that are free
         self.unwritten = threading.Semaphore(concurrency)  # how many ends more may wait to be written
-        self.jobs: SimpleQueue[_Job] = SimpleQueue()  # for the slots
-        self.ends: SimpleQueue[_Job] = SimpleQueue()  # for the thread that writes them
-        self.unclaimed: list[bytes] = []  # popped, and not known to be claimed
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()  # for the slots; None: stop
+        self.ends: SimpleQueue[_Job | None] = SimpleQueue()  # for the thread that writes them; None: stop
+        self.unclaimed: list[tuple[bytes, str]] = []  # popped, with tokens for their claims; not known to be claimed
         self.trouble: set[str] = set()  # kinds of operations that fail
         self.trouble_since = 0.0  # time.monotonic() when the first of them began to
         self.trouble_lock = threading.Lock()
@@ -198,6 +198,9 @@ class _Worker:
         finally:
             self.leaving.set()
             self.beat_now.set()
+            for _ in range(self.concurrency):
+                self.jobs.put(None)
+            self.ends.put(None)
             self.cancellations.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -225,7 +228,8 @@ class _Worker:
                 while free < MOST_AT_ONCE and self.slots.acquire(blocking=False):
                     free += 1
                 try:
-                    self.unclaimed = self.attempt("pop", partial(self.queue.pop_many, free))
+                    elements = self.attempt("pop", partial(self.queue.pop_many, free))
+                    self.unclaimed = [(element, secrets.token_hex(16)) for element in elements]
                     if self.unclaimed:
                         fault_point("popped")
                     if self.signals:  # one came while we were told to stop: put back below
@@ -247,7 +251,7 @@ class _Worker:
 
         In the same round trip `started` follows each claim: it is written where that is the first of its task.
         """
-        elements = [(element, secrets.token_hex(16)) for element in self.unclaimed]
+        elements = self.unclaimed
         first_logs: dict[str, TaskLog] = {}
         believed_until = 0.0
 
@@ -335,8 +339,7 @@ class _Worker:
     # -- the slots ----------------------------------------------------------------------------------------------
 
     def slot(self) -> None:
-        while True:
-            job = self.jobs.get()
+        while (job := self.jobs.get()) is not None:
             with self.survived():
                 self.process(job)
             if job.end is None:
@@ -377,6 +380,7 @@ class _Worker:
             elif isinstance(job.started, Exception):
                 raise job.started
             logger.info("task %s started%s", task, f" (attempt {task.attempt})" if task.attempt > 1 else "")
+            log.check()  # subtle: last of all, since the claim's reply may have come late, or this process been frozen
             job.result = self.handler(task, log)
             fault_point("handled")
             log.check()
@@ -401,27 +405,30 @@ class _Worker:
             self.ends.put(job)
 
     def write_ends(self) -> None:
-        while True:
-            jobs = [self.ends.get()]
-            while not self.ends.empty():
-                jobs.append(self.ends.get())
+        job = self.ends.get()
+        while job is not None:
+            jobs = [job]
+            while not self.ends.empty() and (job := self.ends.get()) is not None:
+                jobs.append(job)
             with self.survived():
                 self.end(jobs)
-            for job in jobs:
-                del self.running[job.task.token]
+            for written in jobs:
+                del self.running[written.task.token]
             self.unwritten.release(len(jobs))
+            job = job and self.ends.get()
 
     def end(self, jobs: list[_Job]) -> None:
         """Write `completed` for each and close their records, in one round trip."""
 
-        def write() -> dict[str, list[Any]]:
+        def write() -> dict[str, tuple[Any, Any]]:
             held = [job for job in jobs if not job.lease.is_over]
-            pairs = [
-                [job.end, self.queue.finish_call(job.task, "completed", job.result, keys.writer(job.task.id))]
-                for job in held
-            ]
-            replies = run_many(self.queue.redis, [call for pair in pairs for call in pair if call is not None])
-            return {job.task.token: replies[2 * place : 2 * place + 2] for place, job in enumerate(held)}
+            calls: list[Call] = []
+            for job in held:
+                assert job.end is not None
+                finish = self.queue.finish_call(job.task, "completed", job.result, keys.writer(job.task.id))
+                calls += [job.end, finish]
+            replies = iter(run_many(self.queue.redis, calls))
+            return {job.task.token: (next(replies), next(replies)) for job in held}
 
         replies = self.insist("write", write)
         fault_point("completed")
@@ -437,6 +444,8 @@ class _Worker:
                 for error in (outcome, finished):
                     if isinstance(error, Exception):
                         raise error
+                if finished != 1:
+                    raise LeaseLost(f"the record of task {job.task} (attempt {job.task.attempt}) is closed by another")
                 logger.info("task %s completed in %.2f s", job.task, job.duration_ms / 1000)
 
     def failed(self, task: Task, log: TaskLog, error: BaseException) -> None:
@@ -469,27 +478,34 @@ class _Worker:
         while not self.leaving.is_set():
             self.beat_now.wait(pause)
             self.beat_now.clear()
-            held = list(self.running.values())
-            if not held:
-                continue
-            sent = time.monotonic()
-            try:
-                beat = partial(self.queue.heartbeat, [job.task for job in held], self.lease_seconds)
-                replies = self.attempt("heartbeat", beat)
-                pause = self.lease_seconds / 3
-            except REDIS_ERRORS as error:
-                if not is_transient(error):
-                    logger.error("cannot renew leases: %s", error)
-                pause = min(1.0, self.lease_seconds / 10)
-                continue
-            for job, reply in zip(held, replies, strict=True):
-                if reply == 0:
-                    job.lease.lost.set()
-                    continue
+            if held := list(self.running.values()):
+                is_renewed = False
+                with self.survived():
+                    is_renewed = self.renew(held)
+                pause = self.lease_seconds / 3 if is_renewed else min(1.0, self.lease_seconds / 10)
+
+    def renew(self, held: list[_Job]) -> bool:
+        """Renew the leases of these tasks, and see which are to be cancelled; say whether Redis answered."""
+        sent = time.monotonic()
+        try:
+            beat = partial(self.queue.heartbeat, [job.task for job in held], self.lease_seconds)
+            replies = self.attempt("heartbeat", beat)
+        except REDIS_ERRORS as error:
+            if not is_transient(error):
+                logger.error("cannot renew leases: %s", error)
+            return False
+        for job, reply in zip(held, replies, strict=True):
+            if isinstance(reply, Exception):
+                logger.error("cannot renew the lease of task %s: %s", job.task, reply)
+            elif reply == 0:
+                job.lease.lost.set()
+            else:
                 job.lease.deadline = sent + self.lease_seconds
-                if reply == 2 and job.lease.cancel_reason is None:
-                    record = self.insist("heartbeat", partial(self.queue.get, job.task.id))
-                    job.lease.cancel_reason = (record or {}).get("cancel", "cancelled")
+        for job, reply in zip(held, replies, strict=True):
+            if reply == 2 and job.lease.cancel_reason is None:
+                record = self.insist("heartbeat", partial(self.queue.get, job.task.id))
+                job.lease.cancel_reason = (record or {}).get("cancel", "cancelled")
+        return True
 
     def listen_for_cancellations(self) -> None:
         # This worker itself says when Redis goes away and comes back; its subscription need not say it, too.

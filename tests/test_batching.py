@@ -1,6 +1,8 @@
 """Calls that share a round trip: each caller gets what it would have got alone."""
 
+import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 from conftest import Server, wait_until
 from redis.exceptions import ConnectionError, ResponseError
 
-from task_streams.batching import SharedScript, run_many
+from task_streams import TaskQueue, keys
+from task_streams.batching import AT_ONCE, Call, SharedScript, _Waiting, run_many, send
 
 COUNT = "return redis.call('INCRBY', KEYS[1], ARGV[1])"
 
@@ -16,7 +19,7 @@ COUNT = "return redis.call('INCRBY', KEYS[1], ARGV[1])"
 def test_calls_that_come_while_one_is_under_way_share_a_round_trip(
     valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first goes alone and at once; the eight others, who had to wait for it, go together; each gets its reply."""
+    """Three go alone and at once; the eight others, who had to wait for them, go together; each gets its reply."""
     client = valkey.client()
     shared = SharedScript(client, client.register_script(COUNT))
     sizes: list[int] = []
@@ -29,16 +32,19 @@ def test_calls_that_come_while_one_is_under_way_share_a_round_trip(
 
     monkeypatch.setattr("task_streams.batching.run_many", send)
 
-    with ThreadPoolExecutor(9) as threads:
-        first = threads.submit(shared, keys=["first"], args=[1])
-        wait_until(lambda: sizes, "it is under way")
-        others = [threads.submit(shared, keys=[f"k{n}"], args=[n]) for n in range(8)]
-        wait_until(lambda: len(shared._waiting) == 8, "all of them wait")
-        go_on.set()
-        replies = [first.result(), *(other.result() for other in others)]
+    with ThreadPoolExecutor(AT_ONCE + 8) as threads:
+        firsts = [threads.submit(shared, keys=["first"], args=[1]) for _ in range(AT_ONCE)]
+        try:
+            wait_until(lambda: len(sizes) == AT_ONCE, "they are under way")
+            others = [threads.submit(shared, keys=[f"k{n}"], args=[n]) for n in range(8)]
+            wait_until(lambda: len(shared._waiting) == 8, "all of them wait")
+        finally:
+            go_on.set()
+        replies = [one.result() for one in firsts + others]
 
-    assert replies == [1, 0, 1, 2, 3, 4, 5, 6, 7]
-    assert sizes == [1, 8]
+    assert sorted(replies[:AT_ONCE]) == [1, 2, 3]
+    assert replies[AT_ONCE:] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert sizes == [1, 1, 1, 8]
 
 
 def test_calls_one_after_the_other_go_at_once(valkey: Server) -> None:
@@ -91,6 +97,127 @@ def test_batch_is_carried_out_once_where_the_server_has_forgotten_the_script(val
     client.script_flush()
 
     assert run_many(client, [(script, ["a"], [1]), (script, ["a"], [1]), (script, ["b"], [5])]) == [1, 2, 5]
+
+
+def test_calls_before_a_script_that_the_server_lacks_are_not_sent_again(valkey: Server) -> None:
+    """The server knows the first script, and not the second: it is told the second, and the first has run once."""
+    client = valkey.client()
+    known, unknown = client.register_script(COUNT), client.register_script(f"{COUNT} -- another one")
+    client.script_load(COUNT)
+
+    replies = run_many(client, [(known, ["a"], [1]), (unknown, ["b"], [1])])
+
+    assert replies == [1, 1]
+    assert client.get("a") == "1"
+
+
+def test_script_flush_in_the_middle_of_a_batch_puts_no_task_twice(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server forgets put.lua when 100 of 300 tasks are put: only the others are sent again."""
+    queue = TaskQueue(valkey.client())
+    queue.put("so that the script is known")
+    sizes: list[int] = []
+
+    def send_in_parts(client: Any, commands: Any) -> list[Any]:
+        sizes.append(len(commands))
+        replies = send(client, commands[:100])
+        if len(sizes) == 1:
+            client.script_flush()
+        return replies + send(client, commands[100:])
+
+    monkeypatch.setattr("task_streams.batching.send", send_in_parts)
+
+    queue.put_many(range(300))
+
+    found = [json.loads(element)["data"] for element in queue.redis.lrange(keys.QUEUE, 0, -1)]
+    assert found[-2::-1] == list(range(300))
+    assert sizes == [300, 200]
+
+
+def test_script_that_another_client_loads_in_the_middle_of_a_batch_puts_no_task_twice(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three tasks only the second finds no put.lua: it alone is sent again."""
+    queue = TaskQueue(valkey.client())
+    queue.put("so that the script is known")
+    sizes: list[int] = []
+
+    def send_one_by_one(client: Any, commands: Any) -> list[Any]:
+        sizes.append(len(commands))
+        replies = []
+        for place, command in enumerate(commands):
+            if len(sizes) == 1 and place == 1:
+                client.script_flush()
+            replies += send(client, [command])
+            if len(sizes) == 1 and place == 1:
+                client.script_load(queue._scripts["put"].script)
+        return replies
+
+    monkeypatch.setattr("task_streams.batching.send", send_one_by_one)
+
+    queue.put_many(range(3))
+
+    found = [json.loads(element)["data"] for element in queue.redis.lrange(keys.QUEUE, 0, -1)]
+    assert sorted(found[:-1]) == [0, 1, 2]
+    assert sizes == [3, 1]
+
+
+def interrupted(lock: Any, moment: str) -> Any:
+    """Return a lock whose acquire() is interrupted by Ctrl-C, at once or when it has been acquired."""
+
+    class Interrupted:
+        release = lock.release
+
+        def acquire(self) -> None:
+            if moment == "when it is to send":
+                lock.acquire()
+            raise KeyboardInterrupt
+
+    return Interrupted()
+
+
+@pytest.mark.parametrize("moment", ["while it waits", "when it is to send"])
+def test_thread_that_is_interrupted_holds_up_nobody(
+    valkey: Server, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Ctrl-C in a thread that waits, or whose turn to send has just come: who calls later is answered."""
+    client = valkey.client()
+    shared = SharedScript(client, client.register_script(COUNT))
+    under_way, go_on, replies = threading.Event(), threading.Event(), []
+
+    def send(client: Any, calls: Any) -> Any:
+        under_way.set()
+        assert go_on.wait(30)
+        return run_many(client, calls)
+
+    class Waiting(_Waiting):
+        def __init__(self, call: Call) -> None:
+            super().__init__(call)
+            if call[1] == ["interrupted"]:
+                self.wake = interrupted(self.wake, moment)
+
+    monkeypatch.setattr("task_streams.batching.AT_ONCE", 1)
+    monkeypatch.setattr("task_streams.batching.run_many", send)
+    monkeypatch.setattr("task_streams.batching._Waiting", Waiting)
+
+    def call(key: str) -> None:
+        try:
+            replies.append((key, shared(keys=[key], args=[1])))
+        except KeyboardInterrupt:
+            replies.append((key, "interrupted"))
+
+    def start(key: str, is_there: Callable[[], object]) -> None:
+        threading.Thread(target=call, args=[key], daemon=True).start()
+        wait_until(is_there, f"{key} is there")
+
+    start("first", under_way.is_set)
+    start("interrupted", lambda: shared._waiting or replies)
+    start("later", lambda: any(one.call[1] == ["later"] for one in shared._waiting))
+    go_on.set()
+
+    wait_until(lambda: len(replies) == 3, "all have returned", 10)
+    assert sorted(replies) == [("first", 1), ("interrupted", "interrupted"), ("later", 1)]
 
 
 def test_lost_connection_is_told_to_all_who_wait_and_the_next_call_works(valkey: Server) -> None:

@@ -186,6 +186,30 @@ def test_what_cannot_be_an_event_is_refused(fake: "Redis", event: str, fields: d
     assert len(log.read()) == 1
 
 
+def test_terminal_event_that_is_sent_later_seals_the_log(fake: "Redis") -> None:
+    """Once call() has given `completed` away, whoever still adds gets StreamEnded, and `completed` is written."""
+    log = TaskLog("t", fake, attempt=1, token="a")
+    append, append_keys, args = log.call("completed", result=1)
+
+    with pytest.raises(StreamEnded, match="completed"):
+        log.add("progress", percent=1)
+    append(keys=append_keys, args=args)
+
+    assert [event.name for event in log.read()] == ["completed"]
+
+
+def test_field_name_that_utf_8_cannot_hold_is_refused_before_it_is_sent(fake: "Redis") -> None:
+    """A lone surrogate in a name is a ValueError for who adds it; the calls that others wait for go without it."""
+    sent: list[object] = []
+    log = TaskLog("t", fake, script=lambda **call: sent.append(call) or ["ok", "1-1"])  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        log.add("progress", **{"\ud800": 1})
+    log.add("progress", percent=1)
+
+    assert len(sent) == 1
+
+
 def test_clock_that_steps_back_keeps_the_order(valkey: Server) -> None:
     """Where the server's clock is an hour behind the last entry, the next one still comes after it."""
     client = valkey.client()

@@ -7,11 +7,12 @@ import pytest
 from conftest import wait_until
 from fakeredis import FakeRedis
 from redis.exceptions import ConnectionError as LostConnection
+from redis.exceptions import ResponseError
 
 from task_streams import NoSuchTask, Task, TaskQueue, keys
 from task_streams import queue as queue_module
 from task_streams.batching import run_many
-from task_streams.queue import MAX_DATA_BYTES, check_id, parse_element
+from task_streams.queue import MAX_DATA_BYTES, MAX_DEPTH, check_id, parse_element
 
 TOO_LARGE = {"text": "x" * MAX_DATA_BYTES}
 
@@ -40,6 +41,17 @@ def status(queue: TaskQueue, task_id: str) -> str:
 
 def end_lease(queue: TaskQueue, task: Task) -> None:
     queue.redis.zadd(keys.LEASES, {task.id: 1})
+
+
+def spoil(queue: TaskQueue, task: Task) -> None:
+    """Give a task's record a wrong type, as somebody may by hand."""
+    queue.redis.delete(keys.record(task.id))
+    queue.redis.set(keys.record(task.id), "spoilt")
+
+
+def nested(depth: int) -> list[Any]:
+    """Return that many lists in each other. nested(2) -> [[]]"""
+    return [nested(depth - 1)] if depth > 1 else []
 
 
 # -- putting ----------------------------------------------------------------------------------------------------
@@ -179,6 +191,17 @@ def test_data_over_the_limit_is_refused_at_put(queue: TaskQueue) -> None:
     assert queue.redis.keys() == []
 
 
+def test_data_that_is_nested_too_deep_is_refused_at_put(queue: TaskQueue) -> None:
+    """What a worker might not be able to parse is a ValueError for who puts it; the limit itself is taken."""
+    queue.put([*nested(MAX_DEPTH), 1])
+    assert take(queue).data == [*nested(MAX_DEPTH), 1]
+    for call in (queue.put, lambda data: queue.put_many([data]), lambda data: queue.put([{"a": data}])):
+        with pytest.raises(ValueError, match="the limit is 500"):
+            call(nested(MAX_DEPTH + 1))
+
+    assert elements(queue) == []
+
+
 @pytest.mark.parametrize("bad", [float("nan"), b"bytes", object()])
 def test_data_that_is_not_json_is_refused(queue: TaskQueue, bad: object) -> None:
     """As the codec says: ValueError or TypeError."""
@@ -312,6 +335,21 @@ def test_heartbeat_renews_what_is_held_and_tells_what_is_lost(queue: TaskQueue) 
     assert queue.redis.zscore(keys.LEASES, held.id) > before + 50_000
 
 
+def test_heartbeat_renews_the_others_where_one_record_is_spoilt(queue: TaskQueue) -> None:
+    """The error takes the place of the spoilt one; the lease behind it is renewed."""
+    queue.put_many("ab")
+    tasks = spoilt, held = take(queue), take(queue)
+    spoil(queue, spoilt)
+    queue.redis.zincrby(keys.LEASES, -5_000, held.id)
+    before = queue.redis.zscore(keys.LEASES, held.id)
+
+    error, reply = queue.heartbeat(tasks, 60)
+
+    assert isinstance(error, ResponseError)
+    assert reply == 1
+    assert queue.redis.zscore(keys.LEASES, held.id) > before + 50_000
+
+
 def test_finish_closes_the_record(queue: TaskQueue) -> None:
     """Status and result stay readable for a while; ledger and leases let go of it."""
     queue.put("a")
@@ -370,6 +408,27 @@ def test_released_task_is_the_next_and_counts_no_failure(queue: TaskQueue) -> No
     assert (again.id, again.attempt, again.failures) == (task.id, 2, 0)
 
 
+def test_released_tasks_are_popped_in_the_order_in_which_they_were_popped_before(queue: TaskQueue) -> None:
+    """Four of six are handed back: 1, 2, 3, 4 stand before 5 and 6 again."""
+    queue.put_many("abcdef")
+    held = [take(queue) for _ in range(4)]
+
+    assert queue.release(held) == [True] * 4
+
+    assert [take(queue).id for _ in range(6)] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_elements_are_put_back_where_one_record_is_spoilt(queue: TaskQueue) -> None:
+    """Whether the spoilt one was claimed cannot be known, so it is put back like the other."""
+    queue.put_many("ab")
+    popped = queue.pop_many(2)
+    spoil(queue, Task("1", None))
+
+    queue.put_back([(element, "some token") for element in popped])
+
+    assert [element["id"] for element in elements(queue)] == [1, 2]
+
+
 # -- recover ----------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +462,33 @@ def test_recover_finds_what_was_popped_but_never_claimed(
 
     assert [element["data"] for element in elements(queue)] == ["lost", *range(waiting)]
     assert take(queue).failures == 0
+
+
+def test_recover_finds_what_was_put_in_the_same_millisecond_as_the_oldest_that_waits(
+    queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stand at one place in the ledger, and the list, longer than the audit's window, does not move."""
+    monkeypatch.setattr(queue_module, "AUDIT_GRACE_MS", 20)
+    tasks = queue.put_many(range(10))
+    queue.redis.zadd(keys.UNFINISHED, {task.id: 1_700_000_000_000 for task in tasks})
+    assert queue.pop(0.1) is not None  # … and the worker is killed here
+
+    wait_until(lambda: queue.recover() == 1, "it is found")
+
+    assert [element["data"] for element in elements(queue)] == list(range(10))
+
+
+def test_recover_pushes_the_others_where_one_record_is_spoilt(queue: TaskQueue) -> None:
+    """The task before it in the ledger cannot be recovered; this one can."""
+    queue.put_many("ab")
+    spoilt, lost = take(queue), take(queue)
+    spoil(queue, spoilt)
+    end_lease(queue, spoilt)
+    end_lease(queue, lost)
+
+    assert queue.recover() == 1
+
+    assert take(queue).id == lost.id
 
 
 def test_false_suspicion_costs_nothing(queue: TaskQueue, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,7 +654,7 @@ def test_elements_that_were_put_back_are_popped_next_in_their_order(queue: TaskQ
     queue.put_many("abc")
     popped = [queue.pop(0.05), queue.pop(0.05)]
 
-    queue.put_back([element for element in popped if element])
+    queue.put_back([(element, "") for element in popped if element])
 
     assert [element["id"] for element in elements(queue)] == [1, 2, 3]
 

@@ -4,21 +4,27 @@ import json
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server, wait_until
+from conftest import Proxy, Server, wait_until
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
-from task_streams import Event, NoSuchTask, TaskLog, TaskQueue, keys
+from ailf.messaging.redis import connect
+from task_streams import Event, NoSuchTask, StreamEnded, Task, TaskLog, TaskQueue, keys, run_worker
 from task_streams import worker as worker_module
+from task_streams.batching import run_many
+from task_streams.queue import MAX_DEPTH
 from task_streams.worker import _Worker, cancel_task
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -186,6 +192,67 @@ def test_tasks_run_at_the_same_time(queue: TaskQueue, drain: Work, journal: Path
     assert max(begins) < min(ends)
 
 
+def test_task_that_is_nested_as_deep_as_put_allows_is_completed(queue: TaskQueue, drain: Work) -> None:
+    """What put takes, a worker can read."""
+    deep: list[Any] = []
+    for _ in range(MAX_DEPTH - 1):
+        deep = [deep]
+    task = queue.put(deep)
+
+    drain()
+
+    assert names(queue, task.id)[-1] == "completed"
+
+
+def test_thread_that_a_handler_left_behind_cannot_take_the_place_of_completed(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It adds when `completed` is on its way and not yet written: it gets StreamEnded, and the task runs once."""
+    task = queue.put({})
+    is_ending, left = threading.Event(), list[Future[Any]]()
+
+    def write(client: Any, calls: Any) -> Any:
+        is_ending.set()
+        wait_for(left, 30)
+        return run_many(client, calls)
+
+    monkeypatch.setattr(worker_module, "run_many", write)
+
+    with ThreadPoolExecutor() as threads:
+
+        def handler(task: Task, log: TaskLog) -> None:
+            left.append(threads.submit(lambda: is_ending.wait(30) and log.add("progress", percent=1)))
+
+        run_worker(handler, client=connect(valkey.url), burst=True, lease_seconds=1)
+
+    assert [type(one.exception()) for one in left] == [StreamEnded]
+    assert names(queue, task.id) == ["started", "completed"]
+
+
+def test_handler_does_not_start_where_the_claims_reply_came_too_late(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reply comes when its lease is over: only a later attempt reaches the handler."""
+    task = queue.put({})
+    claim_many, claims, attempts = TaskQueue.claim_many, list[Any](), list[int]()
+
+    def claim_late(self: TaskQueue, *args: Any, **options: Any) -> Any:
+        claimed = claim_many(self, *args, **options)
+        claims.extend(claimed)
+        if len(claims) == len(claimed) == 1:
+            over_at = time.monotonic() + options["lease_seconds"]
+            wait_until(lambda: time.monotonic() > over_at, "its lease is over")
+        return claimed
+
+    monkeypatch.setattr(TaskQueue, "claim_many", claim_late)
+
+    run_worker(lambda task, log: attempts.append(task.attempt), client=connect(valkey.url), burst=True, lease_seconds=1)
+
+    assert attempts
+    assert 1 not in attempts
+    assert names(queue, task.id)[-1] == "completed"
+
+
 def test_worker_that_dies_on_a_task_again_and_again_gives_it_up(
     queue: TaskQueue, worker: Start, drain: Work, journal: Path
 ) -> None:
@@ -286,6 +353,34 @@ def test_task_that_comes_while_a_worker_stops_is_left_in_the_queue(queue: TaskQu
     assert process.returncode == 0
     assert queue.redis.lrange(keys.QUEUE, 0, -1) == ['{"id": "by-hand", "data": {}}']
     assert names(queue, "by-hand") == []
+
+
+def test_task_whose_claim_was_not_answered_is_handed_back(
+    valkey: Server, queue: TaskQueue, script: Start, drain: Work, journal: Path
+) -> None:
+    """The server claims it, no answer arrives, SIGTERM comes: it is in the list at once, and no worker was lost."""
+    task = queue.put({})
+    with Proxy(valkey.port, cut_before=b"claimed", most_cuts=1_000) as proxy:
+        process = script(proxy.url, WORKER, str(journal), "--lease", "60")
+        wait_until(lambda: proxy.cuts >= 2, "the claim was repeated")
+        process.terminate()
+        process.communicate(timeout=30)
+
+    found = (queue.get(task.id) or {})["status"], queue.redis.llen(keys.QUEUE), queue.redis.zcard(keys.LEASES)
+    drain()
+
+    assert found == ("waiting", 1, 0)
+    assert names(queue, task.id) == ["started", "started", "progress", "completed"]
+
+
+def test_no_thread_stays_behind_when_the_worker_returns(valkey: Server, queue: TaskQueue) -> None:
+    """Slots, ends, heartbeat and PubSub have all gone."""
+    queue.put({})
+    before = set(threading.enumerate())
+
+    run_worker(lambda task, log: None, client=connect(valkey.url), burst=True, concurrency=5)
+
+    wait_until(lambda: set(threading.enumerate()) <= before, "its threads have ended")
 
 
 def test_second_ctrl_c_does_not_wait_for_a_frozen_server(
@@ -421,6 +516,45 @@ def test_leases_are_renewed_while_memory_is_full(server: Server, script: Start, 
     process.terminate()
 
     assert names(queue, task.id) == ["started", "progress", "completed"]
+
+
+def test_scripts_that_are_flushed_as_soon_as_they_are_loaded_strand_no_task(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SCRIPT FLUSH comes between the first SCRIPT LOAD of each script and its EVALSHA: it is loaded once more."""
+    tasks = queue.put_many(range(5))
+    client, flushed = connect(valkey.url), set[str]()
+    script_load = client.script_load
+
+    def load_and_flush(source: str) -> Any:
+        sha = script_load(source)
+        if source not in flushed:
+            flushed.add(source)
+            queue.redis.script_flush()
+        return sha
+
+    monkeypatch.setattr(client, "script_load", load_and_flush)
+    queue.redis.script_flush()
+
+    run_worker(lambda task, log: log.add("progress", percent=1), client=client, burst=True, concurrency=2)
+
+    assert [names(queue, task.id) for task in tasks] == [["started", "progress", "completed"]] * 5
+
+
+def test_spoilt_record_of_one_task_does_not_disturb_the_others(queue: TaskQueue, worker: Start, journal: Path) -> None:
+    """A running task's record gets a wrong type: the one beside it keeps its lease, and the next one is done."""
+    spoilt, other = queue.put_many([{"seconds": 60}, {"seconds": 0.1, "steps": 30}])
+    process = worker("--concurrency", "2", "--lease", "1")
+    wait_until(lambda: len(begun(journal)) == 2, "both run")
+
+    queue.redis.delete(keys.record(spoilt.id))
+    queue.redis.set(keys.record(spoilt.id), "spoilt")
+    wait_until(lambda: names(queue, other.id)[-1:] == ["completed"], "the other one is done")
+    after = queue.put({})
+    wait_until(lambda: names(queue, after.id)[-1:] == ["completed"], "the next one is done")
+
+    assert process.poll() is None
+    assert names(queue, other.id).count("started") == 1
 
 
 # -- cancelling -------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 -- List the tasks whose lease is over, after giving a short lease to those that were popped but never claimed.
 --
 -- BRPOP takes an element before anybody claims its task, so a worker that dies in between leaves the task in the
--- ledger only. The list is in the order of putting (oldest on the right), so every task that is older than the
--- oldest ones in the list, and that nobody leases, has been popped. It gets a lease of `grace`; if by its end nobody
--- has claimed it, recover.lua pushes it again, unless it finds it in the list: what was pushed again stands on the right,
--- in no order. A false suspicion beyond that costs one more element, which the claim drops.
+-- ledger only. The list is in the order of putting (oldest on the right), so every task that is not younger than the
+-- oldest ones in the list, and that nobody leases, has probably been popped. It gets a lease of `grace`; if by its end
+-- nobody has claimed it, recover.lua pushes it again, unless it finds it in the list: what was pushed again stands on
+-- the right, in no order, and so do those of one millisecond. A false suspicion beyond that costs one more element,
+-- which the claim drops.
 -- KEYS  queue, leases, unfinished
 -- ARGV  grace (ms), offset into the ledger, how many of the ledger to look at
 -- Returns {ids whose lease is over (100 at most), how many of the ledger were looked at}.
@@ -19,7 +20,7 @@ for _, element in ipairs(redis.call('LRANGE', KEYS[1], -WINDOW, -1)) do
     listed[id] = true
     local put_at = not before and redis.call('ZSCORE', KEYS[3], id)
     if put_at then
-      before = '(' .. put_at
+      before = put_at
     end
   end
 end

@@ -3,7 +3,7 @@
 --       terminal event, in the same round trip: whether that was written is seen there (not in a cluster: another slot)
 -- ARGV  id, token, status, result as JSON, time to live (ms), dead letter as JSON ('' for none), sizes of `dead` and
 --       `finished`, id as the field codec stores it
--- Returns 1, 0 where the lease is lost, or -1 where the terminal event was not written. Calling it again changes nothing.
+-- Returns 1, 0 where the lease is lost, or -1 where the terminal event was not written. Once more, it changes nothing.
 if KEYS[7] then
   local writer = redis.call('HMGET', KEYS[7], 'ended', 'token')
   if writer[1] ~= ARGV[3] or writer[2] ~= ARGV[2] then

@@ -218,7 +218,11 @@ def _check_steps(history: History, losses: Sequence[Loss]) -> Iterable[Violation
             ids = [tuple(map(int, step.entry.split("-"))) for step in added]
             if ids != sorted(ids):
                 yield Violation("disordered", f"task {task_id}: run {run} was told {ids}")
-            spans.append((steps[0].at, max([steps[0].at, *(step.asked for step in added)]), steps[0].attempt, run))
+            begin = steps[0]
+            # a worker that was frozen between its last look at the lease and the handler's first line: it adds nothing
+            is_woken = not added and any(s[0].attempt > begin.attempt and s[0].at < begin.at for s in of_task.values())
+            if not is_woken:
+                spans.append((begin.at, max([begin.at, *(step.asked for step in added)]), begin.attempt, run))
         spans.sort()
         for one, other in pairwise(spans):
             undecided = any(loss.since <= one[0] <= loss.settled for loss in losses)

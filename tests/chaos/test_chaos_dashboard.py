@@ -214,7 +214,8 @@ class Scene:
             watched = dict(watcher.seen)
             if watcher.task_id is None:
                 watched = {task_id: watched.get(task_id, []) for task_id in watched.keys() | history.streams.keys()}
-            those = check(History(streams=history.streams, watched=watched), losses)
+            streams = {task_id: history.streams[task_id] for task_id in watched if task_id in history.streams}
+            those = check(History(streams=streams, watched=watched), losses)
             found += [Violation(kind, f"{watcher.path}: {text}") for kind, text in those if kind == "misread"]
             if watcher.told["gap"]:
                 found.append(Violation("misread", f"{watcher.path}: a gap, where nothing was trimmed"))

@@ -162,6 +162,18 @@ def test_checker_finds_what_is_bad(kind: str, spoil: Any) -> None:
     assert kind in {violation.kind for violation in found}, found
 
 
+def test_checker_lets_a_worker_wake_up_that_adds_nothing() -> None:
+    """The first attempt begins after the second one, as where it was frozen before its first line; it adds no event."""
+    late = Step("begin", "1", 1, "run 100", 21.5, "t1")
+    history = good()
+    history.steps[:2] = [late]
+    with_event = good()
+    with_event.steps[0] = late
+
+    assert check(history) == []
+    assert {violation.kind for violation in check(with_event)} == {"two holders"}
+
+
 def test_loss_excuses_only_the_promises_of_its_span() -> None:
     """A task and an event that were promised within the span may be gone; a second before, they may not."""
     history = good()

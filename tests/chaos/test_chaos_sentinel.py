@@ -52,7 +52,14 @@ def demote(sentinels: Sentinels, old: Node) -> None:
     client = old.client()
     client.replicaof(HOST, sentinels.master().port)  # type: ignore[no-untyped-call]
     client.client_kill_filter(_type="normal")
-    wait_until(lambda: old.client().info("replication")["master_link_status"] == "up", "it is a replica")
+
+    def is_replica() -> bool:
+        replication = old.client().info("replication")
+        if replication["role"] == "master":  # one that the sentinels have made master again, in between
+            old.client().replicaof(HOST, sentinels.master().port)  # type: ignore[no-untyped-call]
+        return replication.get("master_link_status") == "up"
+
+    wait_until(is_replica, "it is a replica")
 
 
 def lost_puts(history: History) -> list[Put]:

@@ -69,17 +69,22 @@ def translate(error: Exception, client: Any) -> Exception:
 def url_of(client: Any) -> str:
     """Return where a client connects, as a URL without a password, for messages."""
     if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
-        return "redis+cluster://" + ",".join(f"{node.host}:{node.port}" for node in client.get_nodes())
+        nodes = ",".join(f"{node.host}:{node.port}" for node in client.get_nodes())
+        return f"{_scheme(**client.get_connection_kwargs())}+cluster://{nodes}"
     pool = client.connection_pool
+    scheme = _scheme(pool.connection_class)
     if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
-        return f"redis+sentinel://…/{pool.service_name}"
+        return f"{scheme}+sentinel://…/{pool.service_name}"
     options = pool.connection_kwargs
     if "path" in options:
         return f"unix://{options['path']}"
-    scheme = (
-        "rediss" if issubclass(pool.connection_class, redis.SSLConnection | redis.asyncio.SSLConnection) else "redis"
-    )
     return f"{scheme}://{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
+
+
+def _scheme(connection_class: type = redis.Connection, ssl: bool = False, **_: Any) -> str:
+    """Return redis or rediss, by the options of a client's connections: a cluster's has one of the two, or none."""
+    secure = ssl or issubclass(connection_class, redis.SSLConnection | redis.asyncio.SSLConnection)
+    return "rediss" if secure else "redis"
 
 
 def safe_url(url: str) -> str:
@@ -109,6 +114,8 @@ def is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, errors.OutOfMemoryError | errors.ClusterDownError | errors.TryAgainError):
         return True
+    if isinstance(error, errors.NoScriptError):  # it is sent with the next try
+        return True
     words = ("BUSY ", "MISCONF", "NOREPLICAS", "UNBLOCKED", "MASTERDOWN")
     return isinstance(error, errors.ResponseError) and _message(error).startswith(words)
 
@@ -137,8 +144,9 @@ def explain(error: BaseException, url: str) -> str:
         return f"{where} is read-only ({reason}). Point REDIS_URL at the primary."
     if isinstance(error, errors.OutOfMemoryError):
         return f"{where} is out of memory ({reason}). Free some, or raise its maxmemory."
-    if "[SSL" in reason or (url.startswith("rediss") and "No such file" in reason):
-        return f"no secure connection to {where} ({reason}). Name the file of its CA: rediss://…?ssl_ca_certs=ca.crt"
+    if url.startswith("rediss") and re.search(r"\[SSL|No such file", reason):
+        scheme = url.partition(":")[0]
+        return f"no secure connection to {where} ({reason}). Name the file of its CA: {scheme}://…?ssl_ca_certs=ca.crt"
     if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.RedisClusterException | OSError):
         return f"cannot reach {where} ({reason}). Is it running? Unset REDIS_URL to use the embedded server."
     return f"{where} answered: {reason}"
