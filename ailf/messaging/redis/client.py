@@ -1,6 +1,7 @@
 """The one connection policy, and the clients: which Redis a program talks to, with which timeouts, what is repeated.
 
-$REDIS_URL decides: redis://, rediss://, unix://, redis+cluster://host:port, redis+sentinel://host:port/service.
+$REDIS_URL decides: redis://, unix://, redis+cluster://host:port, redis+sentinel://host:port/service; or, with TLS,
+rediss://, rediss+cluster://, rediss+sentinel://. Options stand in its query, for all of them: ?ssl_ca_certs=ca.crt
 Where it is not set: localhost:6379 if a Redis answers there, else the embedded server (embedded.py).
 
 redis-py repeats a command after a lost connection, ten times by default. A repeated LPUSH or XADD may then be there
@@ -15,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from typing import Any, TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import redis
 from redis import exceptions as errors
@@ -44,7 +45,8 @@ log = logging.getLogger(__name__)
 Client: TypeAlias = Any
 
 SCHEMES = (
-    "redis://host:port/db, rediss://…, unix:///path, redis+cluster://host:port or redis+sentinel://host:port/service"
+    "redis://host:port/db, unix:///path, redis+cluster://host:port or redis+sentinel://host:port/service "
+    "(with TLS: rediss://…, rediss+cluster://…, rediss+sentinel://…)"
 )
 
 UNREACHED = (*REDIS_ERRORS, OSError, ValueError, TypeError)
@@ -61,7 +63,12 @@ def connect(target: str | RedisConfig | None = None) -> Client:
     chosen = _policy() if target is None else target
     try:
         client = _build(chosen, redis)
-        client.ping()
+        try:
+            client.ping()
+        except redis.sentinel.MasterNotFoundError:
+            if str(chosen).startswith("rediss"):  # redis-py keeps to itself why a sentinel does not answer: ask again
+                client.connection_pool.sentinel_manager.sentinels[0].ping()
+            raise
     except UNREACHED as error:
         _judge(error, chosen)
     return client
@@ -72,7 +79,12 @@ async def connect_async(target: str | RedisConfig | None = None) -> Client:
     chosen = await asyncio.to_thread(_policy) if target is None else target
     try:
         client = _build(chosen, redis.asyncio)
-        await client.ping()
+        try:
+            await client.ping()
+        except redis.asyncio.sentinel.MasterNotFoundError:
+            if str(chosen).startswith("rediss"):
+                await client.connection_pool.sentinel_manager.sentinels[0].ping()
+            raise
     except UNREACHED as error:
         _judge(error, chosen)
     return client
@@ -121,26 +133,27 @@ def _build(target: str | RedisConfig, library: Any) -> Client:
         "socket_connect_timeout": CONNECT_SECONDS,
         "retry": _no_retry(library),
     }
-    scheme, _, rest = target.partition("://")
-    if scheme == "redis+cluster":
-        return library.RedisCluster.from_url(f"redis://{rest}", **options)
-    if scheme == "redis+sentinel":
+    scheme = target.partition("://")[0]
+    secure = scheme.startswith("rediss")
+    if scheme in ("redis+cluster", "rediss+cluster"):
+        return library.RedisCluster.from_url(target.replace("+cluster", "", 1), **options)
+    if scheme in ("redis+sentinel", "rediss+sentinel"):
         parts = urlsplit(target)
         login, _, hosts = parts.netloc.rpartition("@")
         service, _, db = parts.path.strip("/").partition("/")
         if not service:
             raise ValueError("the service's name is missing")
-        user, _, password = login.partition(":")
-        if password:
-            options |= {"username": unquote(user) or None, "password": unquote(password)}
         pairs = [host.rpartition(":") for host in hosts.split(",")]
+        asked = library.connection.parse_url(f"redis://{login}@?{parts.query}")
         quick = {
             "socket_timeout": CONNECT_SECONDS,
             "socket_connect_timeout": CONNECT_SECONDS,
             "retry": _no_retry(library),
+            "ssl": secure,
+            **{name: value for name, value in asked.items() if name.startswith("ssl_")},
         }
         sentinel = library.Sentinel([(host, int(port)) for host, _, port in pairs], sentinel_kwargs=quick)
-        return sentinel.master_for(service, db=int(db or 0), **options)
+        return sentinel.master_for(service, **{"db": int(db or 0), "ssl": secure, **options, **asked})
     if scheme not in ("redis", "rediss", "unix"):
         raise ValueError("unknown scheme")
     return library.Redis.from_url(target, **options, **_no_notices(library))
@@ -180,9 +193,10 @@ def blocking_client(
         node_class = ClusterNode if library is redis else AsyncClusterNode
         nodes = [node_class(str(node.host), int(node.port)) for node in client.get_nodes()]
         options = {**client.get_connection_kwargs(), **changes}
+        if "connection_class" in options:
+            options["ssl"] = issubclass(options.pop("connection_class"), library.SSLConnection)
         if library is redis.asyncio:  # it keeps what its connections take, which is not what the client takes
             accepted = inspect.signature(library.RedisCluster.__init__).parameters
-            options["ssl"] = issubclass(options["connection_class"], redis.asyncio.SSLConnection)
             options = {name: value for name, value in options.items() if name in accepted}
         options = {name: value for name, value in options.items() if name not in ("host", "port")}
         return library.RedisCluster(startup_nodes=nodes, **options)
@@ -190,6 +204,7 @@ def blocking_client(
     options = {**pool.connection_kwargs, **changes}
     if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
         options.pop("connection_pool")
+        options["connection_class"] = pool.connection_class
         return pool.sentinel_manager.master_for(pool.service_name, **options)
     options |= _no_notices(library)
     return library.Redis.from_pool(library.ConnectionPool(connection_class=pool.connection_class, **options))
