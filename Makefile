@@ -13,14 +13,14 @@ help:  ## list the targets
 demo: .venv/ready  ## three tasks, an agent, and their streams, live in this terminal
 	@$(BIN)/python demo.py
 
-test: .venv/ready  ## every test, on all cores
+test: .venv/ready  ## every test, several at a time
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/ready  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-bench: .venv/ready  ## how fast, as ratios against bare Redis; writes docs/performance.md (about 10 minutes)
-	@$(BIN)/python benchmarks/speed.py --write && $(BIN)/python benchmarks/memory.py --write
+bench: .venv/ready  ## how fast, as ratios against bare Redis; writes docs/performance.md (about 15 minutes)
+	@for part in speed memory watchers; do $(BIN)/python benchmarks/$$part.py --write || exit 1; done
 
 chaos: .venv/ready  ## break everything, for longer than the tests do (10 minutes at most)
 	@CHAOS_SECONDS=$(or $(SECONDS_EACH),20) timeout 600 $(BIN)/python -m pytest tests/chaos $(ARGS)

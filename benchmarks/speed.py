@@ -47,6 +47,8 @@ FIELDS = {"event": "progress", "timestamp": "2026-01-01T00:00:00.000Z", "attempt
 PIPELINE = 100  # commands in a pipeline of the bare loops
 CONCURRENCY = 10
 AGENTS = 50
+SHARE = 0.3  # of a core, for each of two workers, so that they and the server have room on two cores
+PERIOD_US = 10_000  # in which a worker may use its share
 PATIENCE_SECONDS = 120.0  # for a process to do its part
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -126,8 +128,34 @@ def pop_and_log(pipe: Connection, url: str) -> None:
             client.xadd(found[1], FIELDS)
 
 
-def work(pipe: Connection, url: str, concurrency: int, seconds: float = 0.0, tell: bool = False) -> None:
+@contextmanager
+def held_to(share: float) -> Iterator[None]:
+    """Hold this process to a share of a core, by a control group of its own. Needs Linux, and root."""
+    second = Path("/sys/fs/cgroup/cgroup.controllers").exists()  # version 2
+    top = Path("/sys/fs/cgroup") if second else Path("/sys/fs/cgroup/cpu")
+    group = top / f"speed-{os.getpid()}"
+    limits = {"cpu.max": f"{round(PERIOD_US * share)} {PERIOD_US}"}
+    if not second:
+        limits = {"cpu.cfs_period_us": str(PERIOD_US), "cpu.cfs_quota_us": str(round(PERIOD_US * share))}
+    group.mkdir()
+    try:
+        for name, limit in limits.items():
+            (group / name).write_text(limit)
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+        (top / "cgroup.procs").write_text(str(os.getpid()))
+    finally:
+        group.rmdir()
+
+
+def work(
+    pipe: Connection, url: str, concurrency: int, seconds: float = 0.0, tell: bool = False, share: float = 0.0
+) -> None:
     """Be a worker until no task is owed; its tasks take some seconds each. Say how much memory it took (kB)."""
+    if share:
+        with held_to(share):
+            work(pipe, url, concurrency, seconds, tell)
+        return
 
     def handle(task: Task, _log: TaskLog) -> None:
         if tell:
@@ -145,9 +173,11 @@ def work(pipe: Connection, url: str, concurrency: int, seconds: float = 0.0, tel
 
 
 @contextmanager
-def worker(url: str, concurrency: int, seconds: float = 0.0) -> Iterator[Callable[[], tuple[int, int]]]:
+def worker(
+    url: str, concurrency: int, seconds: float = 0.0, share: float = 0.0
+) -> Iterator[Callable[[], tuple[int, int]]]:
     """Start a worker's process; yield a function that lets it work until no task is owed."""
-    with process(work, url, concurrency, seconds) as pipe:
+    with process(work, url, concurrency, seconds, False, share) as pipe:
         answer(pipe)
 
         def go() -> tuple[int, int]:
@@ -196,22 +226,35 @@ class Bench:
                 go()
                 yield bare, self.drained(tasks)
 
-    def drain_by_two(self) -> Iterator[Sides]:
-        """No-op tasks a second of two workers, against one, on all cores."""
-        count = self.many(6000)
-        pin(self.client, apart=False)
-        for _ in range(self.rounds):
-            with worker(self.url, CONCURRENCY) as one, worker(self.url, CONCURRENCY) as other:
-                tasks = self.queue.put_many([None] * count)
-                one()
-                alone = self.drained(tasks)
-                tasks = self.queue.put_many([None] * count)
-                thread = threading.Thread(target=other)
+    def drain_by_two(self, share: float = 0.0) -> Iterator[Sides]:
+        """No-op tasks a second of two workers, against one (the mean of both, one by one).
+
+        On all cores; or, each held to a share of a core, beside the server's.
+        """
+        count = self.many(12_000)  # so that it counts little that one of two begins later
+        pin(self.client, apart=bool(share))
+
+        def drained_by(*workers: Callable[[], Any]) -> float:
+            tasks = self.queue.put_many([None] * count)
+            threads = [threading.Thread(target=one) for one in workers]
+            for thread in threads:
                 thread.start()
-                one()
+            for thread in threads:
                 thread.join()
-                yield alone, self.drained(tasks)
+            return self.drained(tasks)
+
+        with worker(self.url, CONCURRENCY, share=share) as one, worker(self.url, CONCURRENCY, share=share) as other:
+            drained_by(one, other)  # once for nothing: they connect
+            for _ in range(self.rounds):
+                yield statistics.mean([drained_by(one), drained_by(other)]), drained_by(one, other)
         pin(self.client)
+
+    def drain_by_two_held(self) -> Iterator[Sides]:
+        """The same where there is room: each worker has a share of a core only. Nothing where that cannot be."""
+        if os.access("/sys/fs/cgroup", os.W_OK):
+            yield from self.drain_by_two(SHARE)
+        else:
+            print("drain_by_two_held: only root may hold a process to a share of a core", file=sys.stderr)
 
     def put(self) -> Iterator[Sides]:
         """Tasks put one by one, against LPUSH."""
@@ -312,7 +355,7 @@ class Bench:
 
     def add(self) -> Iterator[Sides]:
         """Events a second of one agent, against one XADD a call."""
-        count = self.many(3000)
+        count = self.many(10_000)
         for turn in range(self.rounds):
             log = TaskLog(f"lone-{turn}", self.client)
             yield (
@@ -372,7 +415,8 @@ def per_second(count: int, call: Callable[[], Any]) -> float:
 # Name, what it is, what it is compared with, the ratio to reach; "at least" of speeds, "at most" of times.
 MEASURES: dict[str, tuple[str, str, float, str]] = {
     "drain": ("no-op tasks, one worker, concurrency 10", "BRPOP loop", 0.5, "at least"),
-    "drain_by_two": ("the same, two workers", "one worker", 1.8, "at least"),
+    "drain_by_two": ("the same, two workers, on the cores of the server", "one worker", 1.8, "at least"),
+    "drain_by_two_held": (f"two workers, each held to {SHARE} of a core", "one, held too", 1.8, "at least"),
     "put": ("put, one by one", "LPUSH", 0.7, "at least"),
     "put_many": ("put_many", "LPUSH in pipelines of 100", 0.3, "at least"),
     "start_latency": ("put to the handler's first line, p50", "LPUSH to BRPOP", 2.0, "at most"),
@@ -384,10 +428,12 @@ MEASURES: dict[str, tuple[str, str, float, str]] = {
 }
 
 
-def measure(bench: Bench, name: str) -> dict[str, Any]:
-    """Take one measure in all rounds."""
+def measure(bench: Bench, name: str) -> dict[str, Any] | None:
+    """Take one measure in all rounds; None where this machine cannot."""
     steps = bench.start_latency(99) if name == "start_latency_p99" else getattr(bench, name)()
     sides = list(steps)
+    if not sides:
+        return None
     ratios = sorted(ours / bare for bare, ours in sides)
     _, _, target, sense = MEASURES[name]
     middle = round(statistics.median(ratios), 2)
@@ -496,8 +542,11 @@ def main() -> int:
         where = f"{machine()}; the server has one of them; server {info.get('valkey_version', info['redis_version'])}"
         for name in names:
             began = time.monotonic()
-            results[name] = measure(bench, name)
+            result = measure(bench, name)
             bench.client.flushall()
+            if result is None:
+                continue
+            results[name] = result
             ratios = "".join(f"{ratio:7.2f}" for ratio in results[name]["ratios"])
             goal = f"{'' if results[name]['reached'] else 'missed: '}{MEASURES[name][3]} {MEASURES[name][2]:g}"
             print(f"{name:18} {ratios}   {goal}   ({time.monotonic() - began:.0f} s)", file=sys.stderr)

@@ -1,8 +1,8 @@
 """What it costs that many people watch: one reader for all of them, and one blocking connection each, side by side.
 
-Usage:   python benchmarks/watchers.py [--watchers N] [--tasks N] [--seconds S] [--json]
+Usage:   python benchmarks/watchers.py [--watchers N] [--tasks N] [--seconds S] [--json] [--write]
 Needs:   nothing that runs: it starts a server and dashboards of its own, on loopback, and ends them
-See:     dashboard/hub.py
+See:     dashboard/hub.py; docs/performance.md, whose table --write fills in
 
 Each task gets an event a second; each watcher is a TCP connection of its own to GET /api/tasks/<id>/events. The same is
 done with a server that reads for each watcher with an XREAD BLOCK on a connection of its own. Latency is from before
@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import resource
 import signal
@@ -35,6 +34,8 @@ import httpx
 import uvicorn
 from messaging import server
 from redis import Redis
+from speed import PAGE as PERFORMANCE_PAGE
+from speed import machine, replace_between
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -277,6 +278,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=200, help="tasks that run (200)")
     parser.add_argument("--seconds", type=float, default=15, help="how long each side writes (15)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--write", action="store_true", help=f"write {PERFORMANCE_PAGE.relative_to(ROOT)}")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -302,17 +304,23 @@ def main() -> int:
             results[side] = asyncio.run(measure(url, pid, port, args.watchers, tasks, args.seconds))
     hub, naive = results["hub"], results["naive"]
     ratios = {name: round(naive[name] / hub[name], 2) if hub[name] > 0 else None for _, name in ROWS}
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, load {load:.1f} before"
+    where = f"{machine()}; load {load:.1f} before"
     if args.json:
-        print(json.dumps({"machine": machine, **results, "ratios": ratios}))
+        print(json.dumps({"machine": where, **results, "ratios": ratios}))
         return 0
-    print(
-        f"{args.watchers:,} watchers of {args.tasks:,} tasks, an event a second each, {args.seconds:g} s; {machine}\n"
-    )
-    print(f"{'':36} {'one reader':>12} {'one each':>12} {'ratio':>8}")
+    lines = [
+        f"{args.watchers:,} watchers of {args.tasks:,} tasks, an event a second each, {args.seconds:g} s; {where}.",
+        "",
+        "| | the hub: one reader | a connection each | ratio |",
+        "|---|---|---|---|",
+    ]
     for title, name in ROWS:
-        ratio = f"{ratios[name]:8,.2f}" if ratios[name] is not None else f"{'-':>8}"
-        print(f"{title:36} {hub[name]:12,} {naive[name]:12,} {ratio}")
+        ratio = "" if ratios[name] is None else f"{ratios[name]:,.2f}"
+        lines.append(f"| {title} | {hub[name]:,} | {naive[name]:,} | {ratio} |")
+    text = "\n".join(lines)
+    print(text)
+    if args.write:
+        PERFORMANCE_PAGE.write_text(replace_between(PERFORMANCE_PAGE.read_text(), "watchers", text))
     return 0 if hub["complete"] == args.watchers else 1
 
 
