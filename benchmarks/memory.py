@@ -142,7 +142,7 @@ def long_queue(waiting: int, full: bool) -> Numbers:
         client = connect(url)
         queue = TaskQueue(client)
         before = used(client)
-        queue.put(DATA)  # the one to be lost; subtle: one put in the same millisecond as the next is not suspected
+        queue.put(DATA)  # the one to be lost
         time.sleep(0.01)
         began = time.monotonic()
         for start in range(1, waiting, SLICE):

@@ -258,7 +258,7 @@ def main() -> int:
     else:
         print(f"\n{table(results)}\n")
         ended = ", ".join(f"{count:,} {status}" for status, count in sorted(results["ended"].items()))
-        print(f"{results['tasks']:,} tasks put: {ended}, {results['owed']} not ended")
+        print(f"{results['tasks']:,} tasks put: {ended} (some fail as intended), {results['owed']} not ended")
         print(f"{results['connections_of_watchers']:,} watchers came and went, and saw ", end="")
         print(f"{results['events_to_watchers']:,} events; {results['refused']} were refused")
         print("memory is flat" if results["is_flat"] else "memory has grown")
@@ -266,4 +266,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

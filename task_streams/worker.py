@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from types import FrameType
@@ -140,9 +140,8 @@ class _Job:
     log: TaskLog
     lease: Lease
     started: str | Exception | None = None  # the entry id of `started`, or why there is none; None: not tried yet
-    result: Any = None
     duration_ms: int = 0
-    end: Call | None = None  # `completed`, once it is on its way
+    end: list[Call] = field(default_factory=list)  # `completed` and finish, once they are on their way
 
 
 class _Worker:
@@ -342,7 +341,7 @@ class _Worker:
         while (job := self.jobs.get()) is not None:
             with self.survived():
                 self.process(job)
-            if job.end is None:
+            if not job.end:
                 del self.running[job.task.token]
             self.slots.release()
 
@@ -370,6 +369,7 @@ class _Worker:
         try:
             if task.lost_worker:
                 log.add_always("worker_lost", worker=task.lost_worker)
+                fault_point("worker_lost")
             if self.is_spent(task):
                 logger.error("task %s failed: its worker was lost, %d times in all", task, task.failures)
                 self.give_up(task, log, f"its worker was lost ({task.lost_worker})", task.failures)
@@ -381,26 +381,28 @@ class _Worker:
                 raise job.started
             logger.info("task %s started%s", task, f" (attempt {task.attempt})" if task.attempt > 1 else "")
             log.check()  # subtle: last of all, since the claim's reply may have come late, or this process been frozen
-            job.result = self.handler(task, log)
+            result = self.handler(task, log)
             fault_point("handled")
             log.check()
             job.duration_ms = round((time.monotonic() - began) * 1000)
             if self.is_cluster:
-                log.add("completed", result=job.result, duration_ms=job.duration_ms)
+                log.add("completed", result=result, duration_ms=job.duration_ms)
                 fault_point("completed")
-                self.finish(task, "completed", job.result)
+                self.finish(task, "completed", result)
                 logger.info("task %s completed in %.2f s", task, job.duration_ms / 1000)
             else:
-                job.end = log.call("completed", result=job.result, duration_ms=job.duration_ms)
+                finish = self.queue.finish_call(task, "completed", result, keys.writer(task.id))
+                job.end = [log.call("completed", result=result, duration_ms=job.duration_ms), finish]
         except (LeaseLost, StreamEnded):
             raise
         except TaskCancelled as cancelled:
             log.add_always("cancelled", reason=str(cancelled))
+            fault_point("cancelled")
             self.finish(task, "cancelled", str(cancelled))
             logger.info("task %s cancelled: %s", task, cancelled)
         except BaseException as error:  # the task boundary: whatever a task does, sys.exit() too, the worker goes on
             self.failed(task, log, error)
-        if job.end is not None:
+        if job.end:
             self.unwritten.acquire()
             self.ends.put(job)
 
@@ -422,12 +424,7 @@ class _Worker:
 
         def write() -> dict[str, tuple[Any, Any]]:
             held = [job for job in jobs if not job.lease.is_over]
-            calls: list[Call] = []
-            for job in held:
-                assert job.end is not None
-                finish = self.queue.finish_call(job.task, "completed", job.result, keys.writer(job.task.id))
-                calls += [job.end, finish]
-            replies = iter(run_many(self.queue.redis, calls))
+            replies = iter(run_many(self.queue.redis, [call for job in held for call in job.end]))
             return {job.task.token: (next(replies), next(replies)) for job in held}
 
         replies = self.insist("write", write)
@@ -455,6 +452,7 @@ class _Worker:
         permanent = isinstance(error, PermanentFailure)
         will_retry = not permanent and failures < self.max_attempts
         log.add_always("error", error=message, error_type=type(error).__name__, will_retry=will_retry)
+        fault_point("error")
         if not will_retry:
             logger.error("task %s failed: %s", task, message, exc_info=None if permanent else error)
             self.give_up(task, log, message, failures)
@@ -466,6 +464,7 @@ class _Worker:
     def give_up(self, task: Task, log: TaskLog, reason: str, failures: int) -> None:
         """Write `failed`, and let the task go to the dead letters."""
         log.add_always("failed", error=reason, attempts=failures)
+        fault_point("failed")
         self.finish(task, "failed", reason)
 
     def finish(self, task: Task, outcome: Outcome, result: Any) -> None:

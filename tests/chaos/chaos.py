@@ -13,12 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
 
-from conftest import ROOT, wait_until
+from conftest import ROOT, Server, wait_until
 from history import History, Put, Seen, Step
 
 from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect
@@ -37,6 +37,45 @@ DRAIN_SECONDS = 90.0
 def seconds_left(deadline: float) -> bool:
     """Say whether a scenario goes on breaking things: while seconds_left(deadline)."""
     return time.monotonic() < deadline
+
+
+@contextlib.contextmanager
+def full_memory(server: Server) -> Iterator[None]:
+    """Refuse every write (noeviction)."""
+    client = server.client()
+    client.config_set("maxmemory", client.info("memory")["used_memory"] + 10_000)
+    yield
+    client.config_set("maxmemory", 0)
+
+
+@contextlib.contextmanager
+def replica(server: Server) -> Iterator[None]:
+    """Make it a replica, read-only, whose master is away."""
+    client = server.client()
+    client.replicaof("127.0.0.1", "1")
+    yield
+    client.replicaof("NO", "ONE")
+
+
+def nonsense(chance: random.Random, number: int) -> bytes:
+    """Return an element that is no task: binary, huge, deep, of a wrong type; each different."""
+    kind = number % 10
+    if number % 1000 == 0:
+        return b'{"id": 1, "data": "%s"}' % (b"x" * 1_100_000)
+    if kind == 0:
+        return chance.randbytes(chance.randrange(1, 200)) + b"\xff"
+    if kind == 1:
+        return (b"[" if number % 2 else b'{"a":') * chance.randrange(1, 5_000)
+    wrong = [
+        "null",
+        "1e999",
+        '"text"',
+        '{"id": 1}',
+        '{"data": 1}',
+        '{"id": [%d], "data": 1}',
+        '{"id": 2.5, "data": %d}',
+    ]
+    return (wrong[number % len(wrong)].replace("%d", str(number)) + " " * (number % 3)).encode()
 
 
 class Load:
@@ -136,6 +175,15 @@ class Load:
             assert "cannot reach Redis" in self.last_words(worker), self.last_words(worker)
             self.workers.remove(worker)
             self.start_worker()
+
+    def freeze(self, count: int) -> None:
+        """Stop some workers (SIGSTOP) past their leases, then let them go on; the next time others."""
+        stopped, self.workers = self.workers[:count], self.workers[::-1]
+        for worker in stopped:
+            worker.send_signal(signal.SIGSTOP)
+        time.sleep(1.5 * LEASE_SECONDS)
+        for worker in stopped:
+            worker.send_signal(signal.SIGCONT)
 
     def last_words(self, worker: subprocess.Popen[bytes]) -> str:
         return f"a worker left with {worker.returncode}: {self.logs[worker.pid].read_text(errors='replace')[-1000:]}"

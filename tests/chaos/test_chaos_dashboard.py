@@ -16,11 +16,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-from chaos import LEASE_SECONDS, SECONDS, Load, seconds_left
+from chaos import LEASE_SECONDS, SECONDS, Load, full_memory, nonsense, replica, seconds_left
 from chaos_proxy import ChaosProxy
 from conftest import ROOT, Server, free_port, wait_until
 from history import History, Loss, Seen, Violation, check
@@ -34,6 +35,7 @@ from tutorial.topologies import HOST, Cluster, Node, Sentinels
 LAG_SECONDS = 1.0  # what a master acknowledged this long before its end has reached the replica
 LONG_LEASE_SECONDS = 2.0  # where a failover takes its time
 DOWN_SECONDS = 0.5
+MALFORMED = 50  # elements that are no tasks, each time
 RETRY_SECONDS = 0.05  # before a watcher comes again; a browser waits a second
 SILENCE_SECONDS = 30  # twice what is between two comments of a stream that has nothing to say
 SETTLE_SECONDS = 30.0  # for the watchers to have what the tasks' ends have brought
@@ -287,21 +289,41 @@ def freeze_server(_scene: Scene, server: Server) -> None:
 
 
 def fill_memory(_scene: Scene, server: Server) -> None:
-    client = server.client()
-    client.config_set("maxmemory", client.info("memory")["used_memory"] + 10_000)
-    time.sleep(DOWN_SECONDS)
-    client.config_set("maxmemory", 0)
+    with full_memory(server):
+        time.sleep(DOWN_SECONDS)
+
+
+def demote_server(_scene: Scene, server: Server) -> None:
+    with replica(server):
+        time.sleep(DOWN_SECONDS)
+
+
+def stop_worker(scene: Scene, _server: Server) -> None:
+    scene.load.freeze(1)
+
+
+def push_nonsense(scene: Scene, server: Server) -> None:
+    """Malformed elements among the good ones, one by one."""
+    history, chance = scene.load.history, random.Random(1)
+    for _ in range(MALFORMED):
+        server.client().lpush(keys.QUEUE, nonsense(chance, history.malformed))
+        history.malformed += 1
+    dead = partial(server.client().lrange, keys.DEAD, 0, -1)
+    wait_until(lambda: sum('"element"' in letter for letter in dead()) >= history.malformed, "all are put aside")
+
+
+FAULTS = (kill_worker, stop_worker, kill_server, freeze_server, fill_memory, demote_server, push_nonsense)
 
 
 def test_watchers_keep_their_streams_through_faults_of_workers_and_server(valkey: Server, tmp_path: Path) -> None:
-    """Workers killed; the server killed, frozen, full, in turn: no watcher even loses its connection."""
+    """Each fault of FAULTS in its turn, at least once: no watcher even loses its connection."""
     valkey.stop()
     valkey.options = ("--appendfsync", "always")
     valkey.start()
     with scene(valkey.url, tmp_path) as watched:
         deadline, rounds = time.monotonic() + SECONDS, 0
         while seconds_left(deadline) or rounds == 0:
-            for fault in (kill_worker, kill_server, freeze_server, fill_memory):
+            for fault in FAULTS:
                 fault(watched, valkey)
                 watched.wait_for_events()
             rounds += 1

@@ -1,15 +1,21 @@
 """Workers killed at every line, killed at random, stopped past their leases, with wrong clocks, fed with nonsense."""
 
+import contextlib
 import random
 import re
-import signal
+import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from chaos import ENGINES, SECONDS, Load, seconds_left
+from chaos import ENGINES, PROGRAM, SECONDS, Load, nonsense, seconds_left
 from conftest import ROOT, Server, wait_until
-from history import check
+from history import History, check
+
+from task_streams import NoSuchTask, TaskQueue, keys
+from task_streams.worker import cancel_task
 
 KILL_EVERY_SECONDS = 0.3
 FAULT_POINTS = sorted(
@@ -17,8 +23,17 @@ FAULT_POINTS = sorted(
         name
         for path in (ROOT / "task_streams").glob("*.py")
         for name in re.findall(r'^ *fault_point\("(\w+)"\)', path.read_text(), re.MULTILINE)
-    }
+    },
+    reverse=True,  # the victim of `worker_lost` is there before the others have lost theirs
 )
+
+
+def has_died_of_cancellations(load: Load, victim: subprocess.Popen[bytes]) -> bool:
+    """Cancel all that runs, since the load's own cancellations mostly hit what waits; say whether the worker died."""
+    for task_id in load.queue.redis.zrange(keys.LEASES, 0, -1):
+        with contextlib.suppress(ValueError, NoSuchTask):  # it has ended
+            cancel_task(load.queue, task_id, "as told")
+    return victim.poll() is not None
 
 
 def test_workers_killed_at_every_fault_point_in_turn_break_no_promise(valkey: Server, tmp_path: Path) -> None:
@@ -28,12 +43,40 @@ def test_workers_killed_at_every_fault_point_in_turn_break_no_promise(valkey: Se
         while seconds_left(deadline) or rounds == 0:
             victims = [load.start_worker(env={"TASK_STREAMS_FAULT": point}) for point in FAULT_POINTS]
             for victim, point in zip(victims, FAULT_POINTS, strict=True):
+                if point == "cancelled":
+                    wait_until(partial(has_died_of_cancellations, load, victim), f"a worker died at {point}")
                 wait_until(lambda victim=victim: victim.poll() is not None, f"a worker died at {point}")  # type: ignore[misc]
                 load.kill(victim)
             rounds += 1
         history = load.finish()
 
-    assert len(FAULT_POINTS) >= 5
+    assert {"popped", "completed", "error", "failed", "cancelled", "worker_lost"} <= set(FAULT_POINTS)
+    assert check(history) == []
+
+
+@pytest.mark.parametrize(("point", "then"), [("failed", "give up"), ("cancelled", "be cancelled")])
+def test_task_whose_worker_died_behind_its_terminal_event_is_closed_as_that_says(
+    valkey: Server, script: Callable[..., subprocess.Popen[str]], tmp_path: Path, point: str, then: str
+) -> None:
+    """Killed between `failed` or `cancelled` and finish: the next worker closes the record, and adds nothing."""
+    queue = TaskQueue(valkey.client())
+    task = queue.put({"mark": "t1", "steps": 3 if then == "give up" else 10_000, "seconds": 0.02, "then": then})
+    journals = [tmp_path / "journal-1", tmp_path / "journal-2"]
+    for journal in journals:
+        journal.touch()
+    victim = script(valkey.url, PROGRAM, str(journals[0]), "--lease", "1", env={"TASK_STREAMS_FAULT": point})
+    wait_until(lambda: journals[0].stat().st_size, "the task has begun")
+    if then == "be cancelled":
+        cancel_task(queue, task.id, "as told")
+    wait_until(lambda: victim.poll() is not None, f"the worker died at {point}")
+    left = queue.get(task.id)
+    script(valkey.url, PROGRAM, str(journals[1]), "--lease", "1")
+    wait_until(lambda: queue.owed() == 0, "the task is closed", 15)
+    history = History().read_server(queue.redis).read_journals(journals)
+
+    assert left is not None and left["status"] == "running"
+    ends = [fields["event"] for _, fields in history.streams[task.id] if fields["event"] in keys.TERMINAL]
+    assert (ends, history.records[task.id]["status"]) == ([point], point)
     assert check(history) == []
 
 
@@ -59,12 +102,7 @@ def test_workers_stopped_past_their_leases_break_no_promise(valkey: Server, tmp_
         wait_until(load.is_under_way, "work is under way")
         deadline = time.monotonic() + SECONDS
         while seconds_left(deadline):
-            stopped, load.workers = load.workers[:2], load.workers[::-1]  # the next time two others
-            for worker in stopped:
-                worker.send_signal(signal.SIGSTOP)
-            time.sleep(1.5)  # longer than the lease
-            for worker in stopped:
-                worker.send_signal(signal.SIGCONT)
+            load.freeze(2)
             begun = load.begun()
             wait_until(lambda begun=begun: load.begun() > begun + 10, "work goes on")  # type: ignore[misc]
         history = load.finish()
@@ -91,27 +129,6 @@ def test_workers_with_wrong_clocks_break_no_promise(valkey: Server, tmp_path: Pa
     assert check(history) == []
     times = [int(entry_id.split("-")[0]) for entries in history.streams.values() for entry_id, _ in entries]
     assert max(times) - min(times) < 3_000_000, "an entry id carries a client's clock"
-
-
-def nonsense(chance: random.Random, number: int) -> bytes:
-    """Return an element that is no task: binary, huge, deep, of a wrong type; each different."""
-    kind = number % 10
-    if number % 1000 == 0:
-        return b'{"id": 1, "data": "%s"}' % (b"x" * 1_100_000)
-    if kind == 0:
-        return chance.randbytes(chance.randrange(1, 200)) + b"\xff"
-    if kind == 1:
-        return (b"[" if number % 2 else b'{"a":') * chance.randrange(1, 5_000)
-    wrong = [
-        "null",
-        "1e999",
-        '"text"',
-        '{"id": 1}',
-        '{"data": 1}',
-        '{"id": [%d], "data": 1}',
-        '{"id": 2.5, "data": %d}',
-    ]
-    return (wrong[number % len(wrong)].replace("%d", str(number)) + " " * (number % 3)).encode()
 
 
 @pytest.mark.parametrize("server", ENGINES, indirect=True)

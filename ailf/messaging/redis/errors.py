@@ -145,8 +145,12 @@ def explain(error: BaseException, url: str) -> str:
     if isinstance(error, errors.OutOfMemoryError):
         return f"{where} is out of memory ({reason}). Free some, or raise its maxmemory."
     if url.startswith("rediss") and re.search(r"\[SSL|No such file", reason):
-        scheme = url.partition(":")[0]
-        return f"no secure connection to {where} ({reason}). Name the file of its CA: {scheme}://…?ssl_ca_certs=ca.crt"
+        advice = f"Name the file of its CA: {url.partition(':')[0]}://…?ssl_ca_certs=ca.crt"
+        if "mismatch" in reason:
+            advice = "Its certificate is for another name: use that one in the URL."
+        elif "No such file" in reason:
+            advice = "Look at the files that the URL names: one is not there."
+        return f"no secure connection to {where} ({reason}). {advice}"
     if isinstance(error, errors.ConnectionError | errors.TimeoutError | errors.RedisClusterException | OSError):
         return f"cannot reach {where} ({reason}). Is it running? Unset REDIS_URL to use the embedded server."
     return f"{where} answered: {reason}"
