@@ -68,6 +68,8 @@ def finished_task(node_bytes: int, counts: list[int]) -> Numbers:
         def finish(count: int) -> list[Task]:
             tasks = queue.put_many([DATA] * count)
             run_worker(do, concurrency=CONCURRENCY, burst=True, client=connect(url))
+            if queue.owed():  # Ctrl-C, which a worker takes for its own
+                raise KeyboardInterrupt
             return tasks
 
         finish(10)  # so that scripts and connections are there
@@ -143,7 +145,6 @@ def long_queue(waiting: int, full: bool) -> Numbers:
         queue = TaskQueue(client)
         before = used(client)
         queue.put(DATA)  # the one to be lost
-        time.sleep(0.01)
         began = time.monotonic()
         for start in range(1, waiting, SLICE):
             queue.put_many([DATA] * min(SLICE, waiting - start))
@@ -212,4 +213,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
