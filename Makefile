@@ -1,6 +1,9 @@
 # make demo · make test · make help: each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+PARALLEL := -n auto --dist loadgroup
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
 PARTS := part1 part2 part3 part4 part5 part6 part7 part8
@@ -13,19 +16,19 @@ help:  ## list the targets
 demo: .venv/ready  ## three tasks, an agent, and their streams, live in this terminal
 	@$(BIN)/python demo.py
 
-test: .venv/ready  ## every test, several at a time
-	@$(BIN)/python -m pytest $(ARGS)
+test: .venv/ready-dev  ## every test, several at a time
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-check: .venv/ready  ## formatting, lint, types
+check: .venv/ready-dev  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-bench: .venv/ready  ## how fast, as ratios against bare Redis; writes docs/performance.md (about 15 minutes)
+bench: .venv/ready-dev  ## how fast, as ratios against bare Redis; writes docs/performance.md (about 15 minutes)
 	@for part in speed memory watchers; do $(BIN)/python benchmarks/$$part.py --write || exit 1; done
 
-chaos: .venv/ready  ## break everything, 20 s each (SECONDS_EACH=5: less), 10 minutes at most; ARGS="-k sentinel": some
-	@CHAOS_SECONDS=$(or $(SECONDS_EACH),20) $(if $(shell command -v timeout),timeout --foreground 600) $(BIN)/python -m pytest tests/chaos $(ARGS)
+chaos: .venv/ready-dev  ## break everything, 20 s each (SECONDS_EACH=5: less), 10 minutes at most; ARGS="-k sentinel": some
+	@CHAOS_SECONDS=$(or $(SECONDS_EACH),20) $(if $(shell command -v timeout),timeout --foreground 600) $(BIN)/python -m pytest $(PARALLEL) tests/chaos $(ARGS)
 
-soak: .venv/ready  ## 10 minutes of work, to see that memory stays flat
+soak: .venv/ready-dev  ## 10 minutes of work, to see that memory stays flat
 	@$(BIN)/python benchmarks/soak.py
 
 $(PARTS): .venv/ready
@@ -40,7 +43,7 @@ sentinel: .venv/ready  ## a master, a replica and three sentinels on this machin
 dashboard: .venv/ready  ## watch tasks in the browser
 	@$(BIN)/python dashboard.py
 
-screenshots: .venv/ready  ## make the pictures that README.md shows (needs Chromium)
+screenshots: .venv/ready-dev  ## make the pictures that README.md shows (needs Chromium)
 	@$(BIN)/python tests/dashboard/screenshots.py
 
 stop: .venv/ready  ## stop the embedded server (its data stay in .redis/)
@@ -50,9 +53,18 @@ clean:  ## stop it, and remove its data, the outbox and .venv
 	@if [ -e .venv/ready ]; then $(BIN)/python -m ailf.messaging.redis stop; fi
 	rm -rf .redis outbox .venv
 
+# What the scripts need: about 150 MB. pip's own output is long; its "Collecting" lines say how far it is.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
+SHOW = awk '/^Collecting/ { sub(/[<>=!~;].*/, "", $$2); printf "  %s", $$2; fflush() } /^Installing/ { printf "\n  unpacking ...\n"; fflush() }'
+
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
-	@echo "setting up .venv (once; about a minute) ..."
+	@echo "Setting up .venv, once (about 150 MB, half a minute):"
 	@$(PYTHON) -m venv .venv || { echo "cannot make a virtual environment; on Debian: apt install python3-venv"; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(INSTALL) -r requirements.txt | $(SHOW)
+	@touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	@echo "Adding what tests, checks and benchmarks need, once (about 400 MB, a minute):"
+	@$(INSTALL) -r requirements-dev.txt | $(SHOW)
 	@touch $@

@@ -26,6 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it
 os.environ["REDIS_URL"] = "redis://127.0.0.1:1"  # a test that forgets to name its server reaches none
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Run four tests at a time at least: they wait more than they compute."""
     return max(4, os.cpu_count() or 1)

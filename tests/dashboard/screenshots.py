@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        print("screenshots.py: needs playwright (pip install -r requirements.txt)", file=sys.stderr)
+        print("screenshots.py: needs playwright (pip install -r requirements-dev.txt)", file=sys.stderr)
         return 1
     if not CHROMIUM.exists():
         print(f"screenshots.py: needs {CHROMIUM} (apt install chromium)", file=sys.stderr)

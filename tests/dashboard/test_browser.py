@@ -71,7 +71,7 @@ def browser() -> "Iterator[Browser]":
     try:
         import playwright  # noqa: F401
     except ImportError:
-        lacking("playwright (pip install -r requirements.txt)")
+        lacking("playwright (pip install -r requirements-dev.txt)")
     if not CHROMIUM.exists():
         lacking(f"{CHROMIUM} (apt install chromium)")
     with sync_playwright() as started:
