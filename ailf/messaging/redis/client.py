@@ -54,13 +54,14 @@ UNREACHED = (*REDIS_ERRORS, OSError, ValueError, TypeError)
 # -- the policy -------------------------------------------------------------------------------------------------
 
 
-def connect(target: str | RedisConfig | None = None) -> Client:
+def connect(target: str | RedisConfig | None = None, *, start: bool = True) -> Client:
     """Return a redis-py client for a URL, a config or the policy's Redis, after a PING. It repeats nothing.
 
     Blocks for 5 s at most (30 s where the embedded server must start first). A server that is still loading its data
-    counts as reached. Raises RedisUnavailable, whose message is one line: what, which URL, what to do.
+    counts as reached. With start=False it never starts the embedded server. Raises RedisUnavailable, whose message is
+    one line: what, which URL, what to do.
     """
-    chosen = _policy() if target is None else target
+    chosen = _policy(start) if target is None else target
     try:
         client = _build(chosen, redis)
         try:
@@ -90,10 +91,15 @@ async def connect_async(target: str | RedisConfig | None = None) -> Client:
     return client
 
 
-def _policy() -> str:
-    """Return the URL of the Redis to use; start the embedded server where there is none."""
+def _policy(start: bool = True) -> str:
+    """Return the URL of the Redis to use. If there is none, start the embedded server."""
     if url := os.environ.get("REDIS_URL"):
         return url
+    if not start and embedded.find() is None:
+        raise RedisUnavailable(
+            f"no Redis answers at localhost:{embedded.PORT}, and the embedded server is not running. "
+            "A producer or a worker starts it; or set REDIS_URL."
+        )
     try:
         port, started = embedded.find_or_start()
     except (OSError, ImportError) as error:

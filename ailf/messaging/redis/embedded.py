@@ -84,6 +84,11 @@ def running_port(data_dir: Path = DATA_DIR) -> int | None:
     return port if os.path.realpath(works_in) == os.path.realpath(data_dir) else None
 
 
+def find(port: int = PORT, data_dir: Path = DATA_DIR) -> int | None:
+    """Return the port of a server on 127.0.0.1: the one at `port`, else the embedded one. None if neither answers."""
+    return port if answers_ping(port) else running_port(data_dir)
+
+
 def find_or_start(port: int = PORT, data_dir: Path = DATA_DIR) -> tuple[int, bool]:
     """Return (port, started) of a server on 127.0.0.1, starting the embedded one where none answers.
 
@@ -92,9 +97,8 @@ def find_or_start(port: int = PORT, data_dir: Path = DATA_DIR) -> tuple[int, boo
     if answers_ping(port):
         return port, False
     with _exclusive(data_dir):
-        for candidate in (port if answers_ping(port) else None, running_port(data_dir)):
-            if candidate is not None:  # somebody else started it while we waited for the lock
-                return candidate, False
+        if (found := find(port, data_dir)) is not None:  # another script started it while we waited for the lock
+            return found, False
         chosen = port if _is_free(port) else _free_port()
         with (data_dir / "serving").open("a+") as serving:
             if not _lock(serving):
