@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -421,21 +421,26 @@ class TaskQueue:
         _, *call = self._claim_call(task_id, "", "cancel", LEASE_SECONDS, token)
         return _claimed(task_id, token, self._run("claim", *call))
 
-    def requeue_dead(self) -> tuple[list[tuple[str, Task]], int]:
-        """Put every dead task again; return the pairs (old id, new task), and how many letters hold no task.
+    def requeue_dead(self, only: Collection[str] | None = None) -> tuple[list[tuple[str, Task]], int]:
+        """Put every dead task again, or `only` those of some ids. Return the pairs (old id, new task), and how many
+        letters hold no task that can be put.
 
         The new id is derived from the old (7 -> 7.r2 -> 7.r3), so that doing it twice, or being killed half-way, puts
         no task twice. A letter is removed after its task was put.
         """
         pairs: list[tuple[str, Task]] = []
-        others = 0
+        left = others = 0  # letters that stay
         for _ in range(-(-self.redis.llen(keys.DEAD) // REQUEUE_PAGE)):
-            for letter in reversed(self.redis.lrange(keys.DEAD, -REQUEUE_PAGE - others, -1 - others)):
-                content = from_json(letter)
-                if "data" not in content:
-                    others += 1
+            for letter in reversed(self._blocking.lrange(keys.DEAD, -REQUEUE_PAGE - left, -1 - left)):
+                try:
+                    task_id, data = _task_in(letter)
+                    if only is not None and task_id not in only:
+                        left += 1
+                        continue
+                    pairs.append((task_id, self._put_again(task_id, data)))
+                except (ValueError, TypeError, KeyError, RecursionError):  # anybody can LPUSH anything
+                    left, others = left + 1, others + 1
                     continue
-                pairs.append((str(content["id"]), self._put_again(str(content["id"]), content["data"])))
                 self.redis.lrem(keys.DEAD, -1, letter)
         return pairs, others
 
@@ -453,7 +458,7 @@ class TaskQueue:
     def _put_again(self, old: str, data: Any) -> Task:
         run = _REQUEUED.search(old)
         base, number = (old[: run.start()], int(run[0][2:]) + 1) if run else (old, 2)
-        task, new = self._put_as(f"{base}.r{number}", _check_data(data))
+        task, new = self._put_as(check_id(f"{base}.r{number}"), _check_data(data))
         while not new and task.data != data:  # somebody pushed that id by hand
             number += 1
             task, new = self._put_as(f"{base}.r{number}", _check_data(data))
@@ -565,6 +570,12 @@ def _is_deep(data: Any) -> bool:
 
 def _letter(task_id: str, data: Any, reason: Any, attempts: int) -> str:
     return to_json({"id": task_id, "data": data, "reason": reason, "attempts": attempts})
+
+
+def _task_in(letter: bytes) -> tuple[str, Any]:
+    """Return id and data of the task in a dead letter. Raises one of several errors if it holds none."""
+    content = from_json(letter.decode())
+    return check_id(content["id"]), content["data"]
 
 
 def _put_keys(task_id: str) -> list[str]:
