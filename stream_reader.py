@@ -28,7 +28,7 @@ from rich.text import Text
 
 from ailf.messaging.redis import REDIS_ERRORS, blocking_client, decode, encode, is_transient
 from task_streams import Event, TaskLog, TaskQueue, keys
-from task_streams.cli import run
+from task_streams.cli import printable, run
 from task_streams.log import BLOCK_SECONDS, check_cursor, follow, seq_of
 
 COMPLETED, FAILED, CANCELLED, NOT_ENDED, NO_SUCH_TASK = range(5)
@@ -266,11 +266,6 @@ class TerminalPrinter:
             Text(text, style if event.is_terminal or event.name == "error" else ""),
         )
         return row
-
-
-def printable(text: str) -> str:
-    """Return text with control characters shown as escapes: a task must not steer the terminal of who watches it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def log_to_stderr() -> None:
