@@ -103,57 +103,13 @@ def test_producer_commands_make_tasks(run: Run, queue: TaskQueue) -> None:
     assert again.lines == ["mine"]
 
 
-GOOD = '{"type": "t", "payload": {}}\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (GOOD + "nonsense\n", "line 2: not JSON"),
-        (GOOD + "\n\n" + '{"type": 5}\n', "line 4: not a task"),
-        (GOOD.encode() + b'{"type": "\xff"}\n', "line 2: not UTF-8"),
-        (GOOD + '{"type": "t", "payload": NaN}\n', "line 2: not JSON: NaN"),
-        (GOOD + "[" * 100_000 + "\n", "line 2: nested too deep"),
-        (GOOD + '{"type": "t", "payload": "' + "x" * 1_100_000 + '"}\n', "line 2: the task's data has 1,100,0"),
-        (GOOD + "x" * 3_000_000 + "\n", "line 2: longer than 2,000,000"),
-    ],
-    ids=["not JSON", "no task", "not UTF-8", "NaN", "deep", "large", "long line"],
-)
-def test_bad_line_is_named_and_nothing_is_queued_unless_told(
-    run: Run, queue: TaskQueue, text: str | bytes, complaint: str
-) -> None:
-    """The line's number and what is wrong; with --skip-bad the good ones are queued all the same."""
-    refused = run("producer.py", "--from-file", "-", stdin=text)
-    queued = queue.redis.llen(keys.QUEUE)
-    skipped = run("producer.py", "--from-file", "-", "--skip-bad", stdin=text)
-
-    assert (refused.code, refused.out, queued) == (1, "", 0)
-    assert complaint in refused.err
-    assert len(refused.err.splitlines()) == 2
-    assert (skipped.code, skipped.lines) == (0, ["1"])
-
-
-def test_file_of_tasks_is_queued_in_order(run: Run, queue: TaskQueue, tmp_path: Path) -> None:
-    """A byte order mark, Windows line ends and blank lines do no harm."""
-    file = tmp_path / "tasks.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf" + b"".join(b'{"type": "t", "payload": %d}\r\n\r\n' % n for n in range(2_500)))
-
-    result = run("producer.py", "--from-file", str(file))
-
-    assert result.lines == [str(n) for n in range(1, 2_501)]
-    assert [element["data"]["payload"] for element in elements(queue)] == list(range(2_500))
-
-
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--from-file", "/nonexistent"), "cannot read /nonexistent: No such file"),
-        (("--from-file", "/tmp"), "cannot read /tmp: Is a directory"),
         (("--type", "t", "--payload", "{"), "--payload: not JSON"),
         (("--type", "t", "--payload", "NaN"), "--payload: not JSON: NaN"),
         (("--type", "t", "--payload", "[" * 100_000), "--payload: nested too deep"),
         (("--type", "t", "--id", "7"), "numbers belong to task_id_counter"),
-        (("--cancel", "nobody"), "no task nobody"),
     ],
     ids=lambda value: value[-1][:12] if isinstance(value, tuple) else "",
 )
@@ -164,27 +120,6 @@ def test_producers_mistakes_are_one_line(run: Run, arguments: tuple[str, ...], c
     assert result.code == 1
     assert complaint in result.err
     assert len(result.err.splitlines()) == 1
-
-
-def test_cancelled_waiting_task_ends(run: Run, queue: TaskQueue) -> None:
-    """producer.py --cancel, then the reader's exit code is 2; cancelling it again is an error."""
-    queue.put({}, id="t")
-
-    cancel = run("producer.py", "--cancel", "t")
-
-    assert (cancel.code, cancel.out) == (0, "task t: cancelled\n")
-    assert run("stream_reader.py", "t").code == 2
-    assert "has ended already: cancelled" in run("producer.py", "--cancel", "t").err
-
-
-def test_dead_tasks_are_queued_again(run: Run, queue: TaskQueue) -> None:
-    """--requeue-dead prints the new ids."""
-    finished(queue, "failed")
-
-    result = run("producer.py", "--requeue-dead")
-
-    assert result.lines == ["1.r2"]
-    assert elements(queue)[0]["data"] == {"type": "process_data"}
 
 
 def test_output_that_nobody_reads_is_no_traceback(valkey: Server, script: Start) -> None:
@@ -631,7 +566,7 @@ def test_agents_bad_inputs_fail_once_with_the_reason(run: Run, queue: TaskQueue,
 
 
 def test_scripts_run_on_a_cluster(run: Run, tmp_path: Path) -> None:
-    """A cluster (of one node, which holds all slots and refuses to mix them): put, work, watch two tasks, cancel."""
+    """A cluster of one node, which holds all slots and refuses to mix them: put, work, watch two, cancel, look."""
     server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
     try:
         admin = server.client()
@@ -643,11 +578,13 @@ def test_scripts_run_on_a_cluster(run: Run, tmp_path: Path) -> None:
         worked = run("consumer.py", "--burst", url=url)
         watched = run("stream_reader.py", "1", "2", "--timeout", "10", url=url)
         run("producer.py", "--type", "t", "--id", "t", url=url)
-        cancelled = run("producer.py", "--cancel", "t", url=url)
+        cancelled = run("-m", "task_streams", "cancel", "t", url=url)
+        status = run("-m", "task_streams", "status", "--json", url=url)
     finally:
         server.stop(signal.SIGKILL)
 
     assert (put.lines, worked.code, watched.code, cancelled.code) == (["1", "2"], 0, 0, 0), watched.err + cancelled.err
+    assert (status.code, json.loads(status.out)["cancelled"]) == (0, 1), status.err
     assert sum(" completed in " in line for line in watched.lines) == 2
 
 
@@ -724,7 +661,8 @@ def test_script_explains_itself_and_refuses_what_it_does_not_know(run: Run, comm
         ("stream_reader.py", "1", "--replay", "nan"),
         ("producer.py", "--payload", "{}"),
         ("producer.py", "--count", "0"),
-        ("producer.py", "--cancel", "1", "--requeue-dead"),
+        ("producer.py", "--type", "t", "--id", "mine", "--count", "2"),
+        ("producer.py", "--type", "t", "summarise", "a.csv"),
         ("producer.py", "summarise"),
         ("agent_consumer.py", "--llm-fail-rate", "2"),
         ("agent_consumer.py", "--data-root", "/nonexistent"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def users(server: Server) -> Users:
     return Users(server)
 
 
-def test_users_of_the_page_may_do_their_work(users: Users, script: Start) -> None:
+def test_users_of_the_page_may_do_their_work(users: Users, script: Start, tmp_path: Path) -> None:
     """Each script as its user: put, work, fail, retry, recover, rate-limit, watch, cancel, requeue. No NOPERM."""
     put = ["--type", "process_data", "--payload", '{"file": "sample_data/sales.csv"}']
     ids = result(script(users.url("producer"), "producer.py", *put, "--count", "3"))[0].split()
@@ -312,10 +313,14 @@ def test_users_of_the_page_may_do_their_work(users: Users, script: Start) -> Non
 
     work_as_dashboard(Web(script, users.url("dashboard")), users, script, failing)
 
-    again = result(script(users.url("admin"), "producer.py", "--requeue-dead"))[0].split()
+    admin = partial(script, users.url("admin"), "-m", "task_streams")
+    assert "by-hand" in result(admin("dead"))[0]
+    again = result(admin("requeue"))[0].split()
     assert "by-hand.r2" in again
-    for task_id in again:
-        result(script(users.url("admin"), "producer.py", "--cancel", task_id))
+    assert f"waiting {len(again)}" in result(admin("status"))[0]
+    result(admin("cancel", *again))
+    (tmp_path / "tasks.jsonl").write_text('{"type": "nonsense"}')
+    result(admin("import", str(tmp_path / "tasks.jsonl")))
     everything.terminate()
     assert "cancelled" in everything.communicate(timeout=30)[0]
     assert users.refused() == []
