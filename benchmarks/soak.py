@@ -69,7 +69,7 @@ def work(url: str, kept_seconds: float) -> None:
 
     def handle(task: Task, log: TaskLog) -> dict[str, Any]:
         log.ttl_seconds = kept_seconds
-        call = {"call_id": f"call-{task.attempt}", "tool": "data_processor", "action": "summarize"}
+        call = {"call_id": f"call-{task.attempt}", "tool": "data_processor", "action": "describe"}
         events: list[tuple[str, dict[str, Any]]] = [
             ("chain_of_thought", {"step": "choosing_tool", "prompt": task.data["text"], "thought": "so " * 40}),
             ("tool_usage", {**call, "status": "started", "arguments": {"file": "sales.csv"}}),

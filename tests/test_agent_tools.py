@@ -1,21 +1,15 @@
-"""The agent's tools: what they compute from real files, what they refuse, and that email is sent once."""
+"""The data tools: what they compute from real files, what SQL may do, and what they refuse."""
 
 import csv
 import gzip
 import inspect
+import io
 import json
 import math
 import os
 import socket
-import socketserver
 import statistics
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from email import message_from_bytes, policy
-from email.message import EmailMessage
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,130 +17,116 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import agent_tools
-from agent_tools import DataProcessor, EmailSender, ToolError, ToolUnavailable, label, make_tools, unique
+from agent_tools import DataProcessor, ToolError, ToolUnavailable, make_tools, sandbox, table
+from agent_tools.base import MAX_LABEL_CHARS, label
+from agent_tools.formats import unique
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "sample_data"
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\6\0\0\0"
 ELF = b"\x7fELF\2\1\1\0\0\0\0\0\0\0\0\0\3\0>\0"
 ZIP = b"PK\3\4\x14\0\0\0\x08\0\0\0!\0"
-# each example writes its own file anew, so that tmp_path may be shared by them
-PROPERTY = settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+# each example writes its own file, so they may share tmp_path
+PROPERTY = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 Patch = pytest.MonkeyPatch
+Result = dict[str, Any]
+
+
+class Data:
+    """The data tools without the process that each call of DataProcessor starts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def load_file(self, file: Any) -> Result:
+        return sandbox.load_file(self.root, file)
+
+    def describe(self, file: str) -> Result:
+        return sandbox.describe(self.root, file)
+
+    def query(self, file: str, sql: Any) -> Result:
+        return sandbox.query(self.root, file, sql)
+
+    def rows(self, file: str) -> list[list[Any]]:
+        """All rows as text, an empty cell as ''."""
+        with table.open_table(self.root, file) as opened:
+            rows = opened.connection.execute("SELECT COLUMNS(*)::VARCHAR FROM data").fetchall()
+            return [[cell or "" for cell in row] for row in rows]
+
+
 Write = Callable[[str, str | bytes], str]
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> DataProcessor:
+def data(tmp_path: Path) -> Data:
     (tmp_path / "data").mkdir()
-    return DataProcessor(tmp_path / "data")
+    return Data(tmp_path / "data")
 
 
 @pytest.fixture
-def write(data: DataProcessor) -> Write:
+def write(data: Data) -> Write:
     """write("a.csv", content) puts a file into the data root and returns its name."""
 
     def write(name: str, content: str | bytes) -> str:
         content = content.encode() if isinstance(content, str) else content
-        (data.data_root / name).write_bytes(content)
+        (data.root / name).write_bytes(content)
         return name
 
     return write
 
 
-def assert_refused(call: Callable[[], Any], *parts: str) -> None:
-    """The call raises ToolError, with one printable line that holds the parts."""
+def refused(call: Callable[[], Any], *parts: str) -> str:
+    """The call raises ToolError with one printable line that holds the parts."""
     with pytest.raises(ToolError) as caught:
         call()
     message = str(caught.value)
     assert message.isprintable() and len(message) <= 500
     for part in parts:
         assert part in message
+    return message
 
 
-def json_size(result: dict[str, Any]) -> int:
-    """The bytes that the result takes in a stream; fails for NaN and for what UTF-8 cannot hold."""
+def json_size(result: Result) -> int:
+    """The bytes that the result takes in a stream; fails for NaN and for text that UTF-8 cannot hold."""
     return len(json.dumps(result, allow_nan=False, ensure_ascii=False).encode())
 
 
 # -- formats ------------------------------------------------------------------------------------------------
 TABLE = [{"name": "a", "n": 1}, {"name": "b", "n": 2.5}]
+FORMATS = [
+    ("t.csv", "name,n\na,1\nb,2.5\n", "csv"),
+    ("t.tsv", "name\tn\na\t1\nb\t2.5\n", "tsv"),
+    ("t.json", json.dumps(TABLE), "json"),
+    ("object.json", json.dumps({"source": "us", "rows": TABLE, "tags": ["x"]}, indent=1), "json"),
+    ("t.jsonl", "\n".join(map(json.dumps, TABLE)), "jsonl"),
+    ("lines.json", "\n".join(map(json.dumps, TABLE)), "jsonl"),
+    ("none", "name;n\na;1\nb;2.5\n", "csv"),
+    ("t.CSV", "name|n\r\na|1\r\nb|2.5\r\n", "csv"),
+    ("mac.csv", "name,n\ra,1\rb,2.5\r", "csv"),
+    ("blank.csv", "\n\nname,n\n\na,1\n\nb,2.5", "csv"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("t.csv", "name,n\na,1\nb,2.5\n", "csv"),
-        ("t.tsv", "name\tn\na\t1\nb\t2.5\n", "tsv"),
-        ("t.json", json.dumps(TABLE), "json"),
-        ("object.json", json.dumps({"source": "us", "rows": TABLE, "tags": ["x"]}, indent=1), "json"),
-        ("t.jsonl", "\n".join(map(json.dumps, TABLE)), "jsonl"),
-        ("lines.json", "\n".join(map(json.dumps, TABLE)), "jsonl"),
-        ("none", "name;n\na;1\nb;2.5\n", "csv"),
-        ("t.CSV", "name|n\r\na|1\r\nb|2.5\r\n", "csv"),
-        ("mac.csv", "name,n\ra,1\rb,2.5\r", "csv"),
-    ],
-)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize(("name", "content", "expected"), FORMATS)
 def test_every_format_gives_the_same_table(
-    data: DataProcessor, write: Write, name: str, content: str, expected: str
+    data: Data, write: Write, name: str, content: str, expected: str, pack: Callable[[bytes], bytes]
 ) -> None:
-    """The same two rows, in any format, have the same columns, count and sum."""
-    write(name, content)
+    """The same two rows have the same columns and sums in any format, gzipped or not, whatever the name says."""
+    packed = pack(content.encode())
+    write(name, packed)
 
     loaded, described = data.load_file(name), data.describe(name)
 
     assert (loaded["format"], loaded["rows"], loaded["columns"]) == (expected, 2, ["name", "n"])
+    assert (loaded["bytes"], loaded["compressed"]) == (len(packed), pack is gzip.compress)
     assert described["columns"]["n"]["sum"] == 3.5
-    assert described["columns"]["name"]["top"] == {"a": 1, "b": 1}
+    assert sorted(described["columns"]["name"]["top"]) == ["a", "b"]
     assert loaded["warnings"] == []
 
 
-def test_load_file_reports_bytes_and_compression(data: DataProcessor, write: Write) -> None:
-    """A gzipped file is recognised by its first bytes, whatever its name; `bytes` is its size on disk."""
-    packed = gzip.compress(b"a,b\n1,2\n", mtime=0)
-    write("t.csv", packed)
-
-    loaded = data.load_file("t.csv")
-
-    assert loaded["compressed"] is True
-    assert loaded["bytes"] == len(packed)
-    assert loaded["rows"] == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("t.csv", "name,n\na,1\nb,2.5\n", "csv"),
-        ("t.tsv", "name\tn\na\t1\nb\t2.5\n", "tsv"),
-        ("t.json", json.dumps(TABLE), "json"),
-        ("object.json", json.dumps({"rows": TABLE}), "json"),
-        ("t.jsonl", "\n".join(map(json.dumps, TABLE)), "jsonl"),
-        ("t.txt", "one\ntwo\n", "text"),
-        ("none", "name;n\na;1\nb;2.5\n", "csv"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_every_format_may_be_gzipped(
-    data: DataProcessor, write: Write, name: str, content: str, expected: str, suffix: str
-) -> None:
-    """A gzipped file is described as it is plain, whether or not its name ends in .gz."""
-    write("plain-" + name, content)
-    write(name + suffix, gzip.compress(content.encode()))
-
-    loaded, described = data.load_file(name + suffix), data.describe(name + suffix)
-
-    assert (loaded["format"], loaded["compressed"], loaded["rows"]) == (expected, True, 2)
-    assert described == data.describe("plain-" + name)
-
-
-def test_name_before_gz_gives_the_format(data: DataProcessor, write: Write) -> None:
-    """t.tsv.gz is TSV."""
+def test_name_before_gz_gives_the_format(data: Data, write: Write) -> None:
     write("t.tsv.gz", gzip.compress(b"a\tb,c\n1\t2\n"))
 
     assert data.load_file("t.tsv.gz")["columns"] == ["a", "b,c"]
@@ -160,67 +140,45 @@ def test_name_before_gz_gives_the_format(data: DataProcessor, write: Write) -> N
         ('"x;y;z",b\n1,2\n', ["x;y;z", "b"]),
         ("a\tb\n1,5\t2,5\n", ["a", "b"]),
         ("only\n1\n", ["only"]),
+        ('"first\nname";"last\nname";"city"\nA;B;C\n', [r"first\nname", r"last\nname", "city"]),
+        ("a,A,\n1,20,300\n", ["a", "A (2)", "column 3"]),
+        (f"a,{'b' * 200}\n1,2\n", ["a", label("b" * 200)]),
     ],
 )
-def test_delimiter_is_sniffed(data: DataProcessor, write: Write, content: str, columns: list[str]) -> None:
-    """A decimal comma, or a delimiter within quotes, is not mistaken for the delimiter."""
+def test_columns_are_found(data: Data, write: Write, content: str, columns: list[str]) -> None:
+    """A decimal comma, a delimiter or line break inside quotes, equal and empty names: each column has its name."""
     write("t.csv", content)
 
     assert data.load_file("t.csv")["columns"] == columns
+    assert data.query("t.csv", "SELECT * FROM data")["columns"] == columns
 
 
-def test_prose_without_suffix_is_text(data: DataProcessor, write: Write) -> None:
-    """A comma in the first line does not make a table of a letter."""
+def test_prose_without_suffix_is_text(data: Data, write: Write) -> None:
+    """A comma in the first line doesn't turn a letter into a table."""
     write("letter", "Dear Ann,\nthank you for the book, the flowers, and all.\nYours, Ben\n")
 
     assert data.load_file("letter")["format"] == "text"
 
 
-def test_quoted_cells_may_hold_line_breaks(data: DataProcessor, write: Write) -> None:
-    """A quoted cell keeps its delimiter and line break, and is one cell of one row."""
-    write("t.csv", 'a,b\n"1,\r\n2",3\n')
-
-    assert data.load_file("t.csv")["rows"] == 1
-    assert data.describe("t.csv")["columns"]["a"]["top"] == {r"1,\r\n2": 1}
+CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cc"]) | st.sampled_from("\t\n\"',")
+CELLS = st.text(CHARACTERS, max_size=8).map(str.strip)
 
 
-CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cc"]) | st.sampled_from("\t\r\n\"',")
-TEXT = st.text(CHARACTERS, max_size=8)
-
-
-@given(rows=st.lists(st.lists(TEXT, min_size=2, max_size=2)))
+@given(rows=st.lists(st.lists(CELLS, min_size=2, max_size=2)))
 @PROPERTY
-def test_csv_rows_are_those_of_the_csv_module(data: DataProcessor, rows: list[list[str]]) -> None:
+def test_csv_rows_are_those_of_the_csv_module(data: Data, rows: list[list[str]]) -> None:
     """Whatever csv.writer wrote comes back, cell by cell."""
-    with (data.data_root / "t.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["a", "b"], *rows])
+    with (data.root / "t.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["a", "b"], ["text", "text"], *rows])
 
-    with agent_tools.open_source(data.data_root, "t.csv") as source:
-        found = [list(row.values()) for row in agent_tools.rows_of(source)]
-
-    assert found == rows
+    assert data.rows("t.csv")[1:] == rows
 
 
-LEAVES = st.none() | st.integers() | st.text()
+def test_json_values_become_cells(data: Data, write: Write) -> None:
+    """Columns may turn up in any row; a nested value is a cell of JSON text."""
+    write("t.json", json.dumps([{"a": 1, "b": [1, {"c": 2}]}, {"a": None}, {"late": "x y"}]))
 
-
-@given(
-    elements=st.lists(st.recursive(LEAVES, lambda x: st.lists(x) | st.dictionaries(st.text(), x))),
-    chunk=st.integers(1, 9),
-    indent=st.sampled_from([None, 2]),
-)
-@PROPERTY
-def test_json_array_is_read_in_chunks_of_any_size(
-    data: DataProcessor, elements: list[Any], chunk: int, indent: int | None
-) -> None:
-    """Wherever the chunks end (within a number, an escape, a space), the elements are those of json.loads."""
-    (data.data_root / "t.json").write_text(json.dumps(elements, indent=indent))
-
-    with pytest.MonkeyPatch.context() as patch, agent_tools.open_source(data.data_root, "t.json") as source:
-        patch.setattr(agent_tools, "CHUNK_CHARS", chunk)
-        found = list(agent_tools.json_array(source, source.read(1)))
-
-    assert found == elements
+    assert data.rows("t.json") == [["1.0", '[1,{"c":2}]', ""], ["", "", ""], ["", "", "x y"]]
 
 
 # -- encodings ----------------------------------------------------------------------------------------------
@@ -228,73 +186,50 @@ def test_json_array_is_read_in_chunks_of_any_size(
     "encoding",
     ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "cp1251", "cp932"],
 )
-def test_encoding_is_found(data: DataProcessor, write: Write, encoding: str) -> None:
-    """Text reads the same in every encoding: by mark, by shape, or as charset-normalizer finds."""
+def test_encoding_is_found(data: Data, write: Write, encoding: str) -> None:
+    """Text reads the same in every encoding: by its mark, by its shape, or as charset-normalizer finds."""
     text = {
         "cp1251": "Иван живёт в Москве, Пётр живёт в Казани\n",
         "cp932": "東京の天気は晴れです,大阪の会社に行きます\n",
     }.get(encoding, "Élodie visits Orléans, and Jürgen pays 5 € in Köln\n")
     write("t.txt", (text * 3).encode(encoding))
 
-    loaded, described = data.load_file("t.txt"), data.describe("t.txt")
+    loaded = data.load_file("t.txt")
 
     assert loaded["encoding"] == encoding
-    assert described["characters"] == 3 * len(text)
-    assert set(described["most_common"]) <= set(agent_tools.re.findall(r"\w+", text.lower()))
+    assert data.rows("t.txt") == [[text.rstrip()]] * 3
     assert len(loaded["warnings"]) == encoding.startswith("cp")  # a guess is said to be one
-
-
-@given(text=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1))
-@PROPERTY
-def test_marked_encodings_round_trip(data: DataProcessor, text: str) -> None:
-    """Any text comes back from UTF-8, UTF-16 and UTF-32 with a mark."""
-    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
-        (data.data_root / "t.txt").write_bytes(text.encode(encoding))
-
-        with agent_tools.open_source(data.data_root, "t.txt") as source:
-            found = "".join(agent_tools.lines_of(source))
-
-        assert found == text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp932"])
 @pytest.mark.parametrize("shift", [0, 1, 2])
-def test_sample_may_end_within_text(data: DataProcessor, write: Write, encoding: str, shift: int) -> None:
-    """A character of several bytes, at the place where the sample for detection ends, confuses nothing."""
+def test_sample_may_end_within_text(data: Data, write: Write, encoding: str, shift: int) -> None:
+    """A character of several bytes at the end of the sample confuses nothing."""
     line = "東京の天気は晴れです、大阪の会社に行きます\n"
-    text = "x" * shift + line * (agent_tools.SAMPLE_BYTES // len(line))
-    write("t.txt", text.encode(encoding))
+    count = table.SAMPLE_BYTES // len(line)
+    write("t.txt", ("x" * shift + line * count).encode(encoding))
 
     assert data.load_file("t.txt")["encoding"] == encoding
-    assert data.describe("t.txt")["characters"] == len(text)
+    assert data.describe("t.txt")["characters"] == shift + count * (len(line) - 1)
 
 
-def test_wrong_bytes_after_the_sample_are_counted(data: DataProcessor, write: Write) -> None:
-    """A file that is ASCII for long, then Latin-1, is read; a warning says how many characters are wrong."""
-    write("t.csv", b"a,b\n" + b"1,2\n" * 20_000 + "ü,ö\n".encode("latin-1"))
+@pytest.mark.parametrize(
+    ("content", "damaged"),
+    [
+        (b"a,b\n" + b"1,2\n" * 20_000 + "ü,ö\n".encode("latin-1"), 2),
+        (b"a,b\n" + "Köln,x\n".encode() * 50 + b"K\xf6ln,x\n", 1),
+        ("a,b\n\ufffd,x\n".encode(), 1),
+    ],
+    ids=["Latin-1 after the sample", "one bad byte", "U+FFFD in the file"],
+)
+def test_damaged_utf8_stays_utf8(data: Data, write: Write, content: bytes, damaged: int) -> None:
+    """Wrong bytes don't turn the rest into some code page: they are counted in a warning, and no row is lost."""
+    write("t.csv", content)
 
     loaded = data.load_file("t.csv")
 
-    assert loaded["rows"] == 20_001
-    assert loaded["warnings"] == ["2 character(s) are U+FFFD: not utf-8, or damaged"]
-
-
-def test_utf8_with_one_damaged_byte_stays_utf8(data: DataProcessor, write: Write) -> None:
-    """One broken character does not turn all others into those of some code page."""
-    write("t.csv", b"a\n" + "Köln\n".encode() * 50 + b"K\xf6ln\n")
-
-    described = data.describe("t.csv")
-
-    assert described["columns"]["a"]["top"]["Köln"] == 50
-    assert "1 character(s)" in described["warnings"][0]
-
-
-def test_replacement_character_is_valid_utf8(data: DataProcessor, write: Write) -> None:
-    """A file that somebody else has damaged, and saved with U+FFFD in it, is UTF-8: nothing is guessed."""
-    write("t.csv", "a,b\n\ufffd,x\n")
-
-    assert data.load_file("t.csv")["encoding"] == "utf-8"
-    assert data.describe("t.csv")["columns"]["a"]["top"] == {"\ufffd": 1}
+    assert (loaded["encoding"], loaded["rows"]) == ("utf-8", content.count(b"\n") - 1)
+    assert loaded["warnings"] == [f"{damaged} character(s) are U+FFFD: not utf-8, or damaged"]
 
 
 # -- describe -----------------------------------------------------------------------------------------------
@@ -303,9 +238,9 @@ NUMBERS = st.floats(-1e9, 1e9, allow_nan=False).map(lambda number: round(number,
 
 @given(numbers=st.lists(NUMBERS, min_size=2))
 @PROPERTY
-def test_describe_agrees_with_statistics(data: DataProcessor, numbers: list[float]) -> None:
+def test_describe_agrees_with_statistics(data: Data, numbers: list[float]) -> None:
     """Count, least, greatest, sum, mean and standard deviation are those of the statistics module."""
-    (data.data_root / "t.csv").write_text("n\n" + "".join(f"{number!r}\n" for number in numbers))
+    (data.root / "t.csv").write_text("n\n" + "".join(f"{number!r}\n" for number in numbers))
 
     column = data.describe("t.csv")["columns"]["n"]
 
@@ -318,100 +253,93 @@ def test_describe_agrees_with_statistics(data: DataProcessor, numbers: list[floa
 
 
 @pytest.mark.parametrize(
-    "cell", ["1,234", "$5", "nan", "inf", "-Infinity", "1_000", "0x10", "1e999", "9" * 5000, "12 kg"]
+    "cell",
+    ["1,234", "$5", "nan", "inf", "-Infinity", "1_000", "0x10", "1e999", "-1e999", "9" * 5000, "9" * 399, "12 kg"],
 )
-def test_what_only_looks_like_a_number_is_text(data: DataProcessor, write: Write, cell: str) -> None:
-    """These cells are text, so no sum is made of them; a number beside them does not change that."""
+def test_text_that_only_looks_like_a_number_stays_text(data: Data, write: Write, cell: str) -> None:
+    """No sum is made of these cells; a number beside them doesn't change that."""
     write("t.jsonl", json.dumps({"n": cell}) + '\n{"n": 1}\n')
 
     column = data.describe("t.jsonl")["columns"]["n"]
 
-    assert column["type"] == "text"
-    assert column["distinct"] == 2
+    assert (column["type"], column["distinct"]) == ("text", 2)
 
 
-@pytest.mark.parametrize("number", ["9" * 399, "9" * 5000, "1e999", "-1e999"])
-def test_numbers_in_json_beyond_all_floats_are_text(data: DataProcessor, write: Write, number: str) -> None:
-    """A number that no float holds is text: neither infinity nor an exception of another kind."""
+@pytest.mark.parametrize("number", ["9" * 399, "9" * 5000, "1e999", "-1e999", "12345678901234567890"])
+def test_numbers_that_no_float_holds_are_text(data: Data, write: Write, number: str) -> None:
+    """So a sum never becomes infinite, and a long id keeps all its digits."""
     write("t.json", f'[{{"n": {number}}}, {{"n": 2}}]')
 
     assert data.describe("t.json")["columns"]["n"]["type"] == "text"
 
 
-def test_sum_beyond_all_floats_is_null(data: DataProcessor, write: Write) -> None:
-    """JSON has no infinity: what overflows is null."""
-    write("t.csv", "n\n1e308\n1e308\n-1e308\n")
+@pytest.mark.parametrize("cell", ["", " ", "+5", "1.", ".5", "-.5e-3", " 7 "])
+def test_numbers_may_be_written_in_many_ways(data: Data, write: Write, cell: str) -> None:
+    write("t.csv", f"n,x\n{cell},a\n2,b\n")
 
-    described = data.describe("t.csv")
+    column = data.describe("t.csv")["columns"]["n"]
 
-    assert described["columns"]["n"]["sum"] is None
-    assert json_size(described) < 1000
+    assert column["type"] == "number"
+    assert column["sum"] == pytest.approx(2 + float(cell.strip() or 0))
 
 
-def test_missing_cells_are_counted(data: DataProcessor, write: Write) -> None:
+def test_missing_cells_are_counted(data: Data, write: Write) -> None:
     """Empty cells, null and absent keys are missing; they are neither zeros nor values."""
     write("t.csv", "a,b\n1,\n , x\n3,y\n")
     write("t.jsonl", '{"a": 1}\n{"b": 2, "a": null}\n{"a": 3}\n')
 
-    table, lines = data.describe("t.csv")["columns"], data.describe("t.jsonl")["columns"]
+    cells, lines = data.describe("t.csv")["columns"], data.describe("t.jsonl")["columns"]
 
-    assert (table["a"]["count"], table["a"]["missing"], table["a"]["mean"]) == (2, 1, 2)
-    assert (table["b"]["count"], table["b"]["missing"], table["b"]["distinct"]) == (2, 1, 2)
+    assert (cells["a"]["count"], cells["a"]["missing"], cells["a"]["mean"]) == (2, 1, 2)
+    assert (cells["b"]["count"], cells["b"]["missing"], cells["b"]["distinct"]) == (2, 1, 2)
     assert (lines["a"]["missing"], lines["b"]["missing"]) == (1, 2)
 
 
-def test_distinct_values_are_exact_up_to_a_limit(data: DataProcessor, write: Write) -> None:
-    """Beyond a thousand values, the number is called what it is: a lower bound."""
-    write("t.csv", "few,many\n" + "".join(f"x{n % 1000},y{n}\n" for n in range(1001)))
+def test_number_after_many_empty_cells_is_found(data: Data, write: Write) -> None:
+    """A column is judged by all of its rows, not by the first ones."""
+    empty = "," * 1 + "x\n"
+    write("number.csv", "n,k\n" + empty * 3_000 + "5,x\n")
+    write("text.csv", "n,k\n" + "5,x\n" * 3_000 + "five,x\n")
+
+    assert data.describe("number.csv")["columns"]["n"]["sum"] == 5
+    assert data.describe("text.csv")["columns"]["n"]["type"] == "text"
+
+
+def test_distinct_values_are_exact_up_to_a_limit(data: Data, write: Write) -> None:
+    """Beyond a hundred values the number is an estimate."""
+    write("t.csv", "few,many\n" + "".join(f"x{n % 100},y{n}\n" for n in range(5_000)))
 
     columns = data.describe("t.csv")["columns"]
 
-    assert columns["few"]["distinct"] == 1000
-    assert columns["many"]["distinct_at_least"] == 1000 and "distinct" not in columns["many"]
+    assert columns["few"]["distinct"] == 100
+    assert columns["many"]["distinct"] == pytest.approx(5_000, rel=0.2)
 
 
-def test_text_is_described_by_its_words(data: DataProcessor, write: Write) -> None:
-    """A plain text has lines, words, characters and most common words, and no columns."""
-    write("t.txt", "The cat.\nThe dog, the end\n")
+def test_text_is_described_by_its_words(data: Data, write: Write) -> None:
+    """A plain text has lines (empty ones too), words and characters, and no columns to describe."""
+    write("t.txt", "The cat.\n\nThe dog, the énd\n")
+    write("7.txt", "7")
 
-    described = data.describe("t.txt")
-
-    assert (described["lines"], described["words"], described["characters"]) == (2, 6, 26)
-    assert described["most_common"]["the"] == 3
-    assert described["columns"] == {}
+    assert data.describe("t.txt") == {"lines": 3, "words": 6, "characters": 24, "columns": {}, "warnings": []}
+    assert data.describe("7.txt")["words"] == 1
 
 
-def test_result_of_5000_columns_is_small(data: DataProcessor, write: Write) -> None:
-    """5,000 columns with long names and values are read; the result says how many of them it leaves out."""
+def test_result_of_5000_columns_is_small(data: Data, write: Write) -> None:
+    """5,000 columns with long names and values are read; each result says how many of them it leaves out."""
     names = [f"\N{GRINNING FACE}column {n} " + "x" * 100 for n in range(5000)]
     write("t.csv", ",".join(names) + "\n" + (",".join(["\x01" * 100] * 5000) + "\n") * 3)
 
-    described, loaded = data.describe("t.csv"), data.load_file("t.csv")
+    results = [DataProcessor(data.root).describe("t.csv"), data.load_file("t.csv"), data.query("t.csv", "FROM data")]
 
-    assert len(described["columns"]) + described["columns_left_out"] == 5000
-    assert len(loaded["columns"]) + loaded["columns_left_out"] == 5000
-    assert json_size(described) < 100_000 and json_size(loaded) < 100_000
-
-
-def test_half_a_surrogate_pair_can_be_stored(data: DataProcessor, write: Write) -> None:
-    """JSON text may hold what UTF-8 cannot: it is shown escaped, as a column and as a value."""
-    write("t.jsonl", r'{"\ud800": "\udc00", "a": 1}' + "\n")
-
-    results = [
-        data.load_file("t.jsonl"),
-        data.describe("t.jsonl"),
-        data.group_by("t.jsonl", "a", how="count"),
-    ]
-
-    assert all(json_size(result) for result in results)
-    assert results[1]["columns"][r"\ud800"]["top"] == {r"\udc00": 1}
+    for result in results:
+        assert len(result["columns"]) + result["columns_left_out"] == 5000
+        assert json_size(result) < 150_000
 
 
 @given(value=st.text() | st.integers() | st.lists(st.text()))
 def test_label_is_short_and_printable(value: Any) -> None:
-    """Any value has a label that fits into a line."""
     assert label(value).isprintable()
-    assert len(label(value)) <= agent_tools.MAX_LABEL_CHARS
+    assert len(label(value)) <= MAX_LABEL_CHARS
 
 
 def test_long_values_are_told_apart() -> None:
@@ -419,10 +347,19 @@ def test_long_values_are_told_apart() -> None:
     assert label("x" * 500 + "1") != label("x" * 500 + "2")
 
 
+@given(names=st.lists(st.sampled_from(["", "a", "A", "b", "a (2)", "a (3)", "column 1", "column 2"])))
+def test_column_names_are_made_unique(names: list[str]) -> None:
+    """However empty or equal the names, each column gets its own, and the first of equals keeps it."""
+    result = unique(names)
+
+    assert len({name.lower() for name in result}) == len(names) and "" not in result
+    assert all(name.lower() in map(str.lower, result) for name in names if name)
+
+
 # -- tables with flaws --------------------------------------------------------------------------------------
-def test_ragged_rows_are_counted(data: DataProcessor, write: Write) -> None:
+def test_ragged_rows_are_counted(data: Data, write: Write) -> None:
     """Rows with too few or too many cells are no error: a warning counts them."""
-    write("t.csv", "a,b\n1,2\n3\n4,5,6\n")
+    write("t.csv", "a,b\n1,2\n3\n4,5,6,7,8\n")
 
     described = data.describe("t.csv")
 
@@ -431,388 +368,450 @@ def test_ragged_rows_are_counted(data: DataProcessor, write: Write) -> None:
     assert described["warnings"] == ["2 row(s) have more or fewer cells than there are columns"]
 
 
-@given(names=st.lists(st.sampled_from(["", "a", "b", "a (2)", "a (3)", "column 1", "column 2"])))
-def test_column_names_are_made_unique(names: list[str]) -> None:
-    """However empty or equal the names, each column gets one of its own, and the first of equals keeps it."""
-    result = unique(names)
+@pytest.mark.parametrize("row", ["5 | x | y", '5" pipe,3', '"q""q",3', ",", " , ", "NULL,\\N", "#c,d", "\u2028,\x0c"])
+def test_odd_rows_are_read_as_the_csv_module_reads_them(data: Data, write: Write, row: str) -> None:
+    content = f"a,b\nx,y\n{row}\n1,2\n"
+    write("t.csv", content)
 
-    assert len(set(result)) == len(names) and "" not in result
-    assert all(name in result for name in names if name)
-
-
-def test_equal_column_names_lose_no_column(data: DataProcessor, write: Write) -> None:
-    """The second of two equal names, and a nameless column, can be asked for."""
-    write("t.csv", "a,a,\n1,20,300\n")
-
-    columns = data.describe("t.csv")["columns"]
-
-    assert {name: column["sum"] for name, column in columns.items()} == {"a": 1, "a (2)": 20, "column 3": 300}
+    expected = [[cell.strip(" ") for cell in [*cells, ""][:2]] for cells in csv.reader(io.StringIO(content))]
+    assert data.rows("t.csv") == expected[1:]
 
 
-def test_field_of_200_kb_is_read(data: DataProcessor, write: Write) -> None:
-    """A cell longer than the csv module's default limit is a cell like others."""
+def test_field_of_200_kb_is_read(data: Data, write: Write) -> None:
+    """A long cell is a cell like others; a query shows the beginning of it."""
     write("t.csv", f"a,b\n{'x' * 200_000},1\n")
 
-    assert data.describe("t.csv")["columns"]["b"]["sum"] == 1
+    assert data.query("t.csv", "SELECT length(a), b FROM data")["rows"] == [[200_000, 1]]
+    assert len(data.query("t.csv", "SELECT a FROM data")["rows"][0][0]) == sandbox.CELL_CHARS
 
 
-def test_header_without_rows_is_a_table(data: DataProcessor, write: Write) -> None:
-    """A table of no rows has its columns, all empty; it can be grouped, into nothing."""
+def test_header_without_rows_is_a_table(data: Data, write: Write) -> None:
+    """A table of no rows has its columns, all empty."""
     write("t.csv", "a,b\n")
 
     assert data.load_file("t.csv")["rows"] == 0
     assert data.describe("t.csv")["columns"]["a"]["count"] == 0
-    assert data.group_by("t.csv", "a", "b")["groups"] == {}
+    assert data.query("t.csv", "SELECT a FROM data") == {"columns": ["a"], "rows": []}
 
 
-# -- group_by and find_outliers -----------------------------------------------------------------------------
+# -- query --------------------------------------------------------------------------------------------------
+SHOP = "k,n\nx,1\ny,2.5\nx,4\n"
+
+
+@pytest.mark.parametrize(
+    ("sql", "columns", "rows"),
+    [
+        ("SELECT k, sum(n) AS s FROM data GROUP BY k ORDER BY s DESC", ["k", "s"], [["x", 5], ["y", 2.5]]),
+        ("select 1 as a, 2 as a ; ", ["a", "a_1"], [[1, 2]]),
+        ("WITH t AS (FROM data LIMIT 1) SELECT * FROM t", ["k", "n"], [["x", 1]]),
+        ("SELECT true AS b, NULL AS n, DATE '2026-01-02' AS d", ["b", "n", "d"], [[True, None, "2026-01-02"]]),
+        ("SELECT 'nan'::DOUBLE AS a, 1.10::DECIMAL(5,2) AS b, [1, 2] AS c", ["a", "b", "c"], [[None, 1.1, "[1, 2]"]]),
+        ("SELECT 0.1 + 0.2 AS a, 2::HUGEINT ** 3 AS b, chr(27) AS c", ["a", "b", "c"], [[0.3, 8, r"\x1b"]]),
+        ("SUMMARIZE SELECT n FROM data", None, None),
+    ],
+)
+def test_query_returns_columns_and_rows(data: Data, write: Write, sql: str, columns: Any, rows: Any) -> None:
+    """One SELECT of any kind; its values come as JSON, with 12 digits at most."""
+    write("t.csv", SHOP)
+
+    result = data.query("t.csv", sql)
+
+    assert json_size(result)
+    if columns:
+        assert result == {"columns": columns, "rows": rows}
+
+
+def test_query_shows_some_rows_and_counts_the_rest(data: Data, write: Write) -> None:
+    write("t.csv", SHOP)
+
+    result = data.query("t.csv", "SELECT range AS n FROM range(1234) ORDER BY n DESC")
+
+    assert result["rows"][:2] == [[1233], [1232]]
+    assert len(result["rows"]) + result["rows_left_out"] == 1234
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.json"])
+def test_unknown_column_is_refused_with_the_known_ones(data: Data, write: Write, name: str) -> None:
+    """The message helps an LLM to do better."""
+    write(name, SHOP if name.endswith("csv") else '[{"k": "x", "n": 1}]')
+
+    refused(lambda: data.query(name, "SELECT price FROM data"), '"price" not found', '"k"')
+
+
 @given(rows=st.lists(st.tuples(st.sampled_from("xyz"), st.integers(-1000, 1000)), min_size=1))
 @PROPERTY
-def test_group_by_agrees_with_python(data: DataProcessor, rows: list[tuple[str, int]]) -> None:
-    """Sum, mean, min, max and count of each group are what plain Python makes of it."""
-    (data.data_root / "t.csv").write_text("k,n\n" + "".join(f"{key},{number}\n" for key, number in rows))
+def test_groups_agree_with_python(data: Data, rows: list[tuple[str, int]]) -> None:
+    (data.root / "t.csv").write_text("k,n\n" + "".join(f"{key},{number}\n" for key, number in rows))
     groups: dict[str, list[int]] = {}
     for key, number in rows:
         groups.setdefault(key, []).append(number)
 
-    measures = {"sum": sum, "mean": statistics.fmean, "min": min, "max": max, "count": len}
-    for how, measure in measures.items():
-        found = data.group_by("t.csv", "k", "n", how)["groups"]
+    found = data.query("t.csv", "SELECT k, sum(n), mean(n), min(n), max(n), count(*) FROM data GROUP BY k")["rows"]
 
-        assert found == pytest.approx({key: measure(group) for key, group in groups.items()})
-
-
-def test_group_by_skips_and_counts_what_is_no_number(data: DataProcessor, write: Write) -> None:
-    """A cell that is no number takes no part, and is counted; a missing key is a group."""
-    write("t.csv", "k,n\nx,1\nx,\nx,n/a\n,2\n")
-
-    result = data.group_by("t.csv", "k", "n")
-
-    assert result["groups"] == {"(missing)": 2, "x": 1}
-    assert result["skipped"] == 2
+    assert {key: figures for key, *figures in found} == {
+        key: pytest.approx([sum(group), statistics.fmean(group), min(group), max(group), len(group)])
+        for key, group in groups.items()
+    }
 
 
-def test_group_by_without_value_counts_rows(data: DataProcessor, write: Write) -> None:
-    """Where no number column is named, rows are counted."""
-    write("t.csv", "k\nx\ny\nx\n")
+# -- what SQL must not do -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "COPY (SELECT 1) TO '{root}/out.csv'",
+        "COPY data TO '{root}/t.csv'",
+        "ATTACH '{root}/out.db'",
+        "INSTALL httpfs",
+        "LOAD httpfs",
+        "LOAD json",
+        "SET enable_external_access = true",
+        "RESET lock_configuration",
+        "PRAGMA version",
+        "CALL pragma_version()",
+        "EXPORT DATABASE '{root}/out'",
+        "IMPORT DATABASE '{root}'",
+        "EXPLAIN ANALYZE SELECT 1",
+        "CREATE TABLE t AS SELECT 1",
+        "DROP VIEW data",
+        "PREPARE p AS SELECT 1",
+        "CHECKPOINT",
+        "SELECT 1; SELECT 2",
+        "SELECT 1; COPY (SELECT 1) TO '{root}/out.csv'",
+        "SELECT 1) TO '{root}/out.csv' --",
+        "SELECT * FROM query('COPY (SELECT 1) TO ''{root}/out.csv''')",
+        "WITH t AS (INSERT INTO data VALUES (1) RETURNING *) SELECT * FROM t",
+        "SELECT * FROM read_csv('{root}/other.csv')",
+        "FROM '{root}/other.csv'",
+        "SELECT * FROM read_text('{root}/../secret.csv')",
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "FROM '/etc/passwd'",
+        "SELECT * FROM sniff_csv('/etc/passwd')",
+        "SELECT * FROM read_text('/etc/passwd')",
+        "SELECT * FROM read_blob('/proc/self/environ')",
+        "SELECT * FROM read_json('/etc/passwd')",
+        "SELECT * FROM parquet_scan('/etc/passwd')",
+        "SELECT * FROM glob('{root}/*')",
+        "SELECT * FROM glob('/**')",
+        "SELECT * FROM duckdb_secrets()",
+        "SELECT * FROM rows",
+        "SELECT getenv('SECRET')",
+        "",
+        ";",
+        "-- nothing",
+        "hello",
+        "SELECT ?",
+        "SELECT \ud800",
+        "(" * 10_000,
+        "SELECT " + "1+" * 20_000 + "1",
+    ],
+)
+def test_sql_that_reaches_out_is_refused(data: Data, write: Write, monkeypatch: Patch, sql: str) -> None:
+    """One clear line; nothing is written, and nothing is read but the file itself."""
+    write("t.csv", SHOP)
+    write("other.csv", "password\nhunter2\n")
+    (data.root.parent / "secret.csv").write_text("password\nhunter2\n")
+    monkeypatch.setenv("SECRET", "hunter2")
+    before = {path: path.read_bytes() for path in data.root.parent.rglob("*") if path.is_file()}
+    rows = ["hunter2"]
 
-    result = data.group_by("t.csv", "k")
+    message = refused(lambda: DataProcessor(data.root).query("t.csv", sql.format(root=data.root)))
 
-    assert (result["how"], result["groups"]) == ("count", {"x": 2, "y": 1})
-
-
-def test_group_by_refuses_too_many_groups(data: DataProcessor, write: Write) -> None:
-    """10,000 groups are grouped, and the largest shown; one more is an error that says what to do."""
-    rows = "".join(f"k{n},{n}\n" for n in range(10_000))
-    write("most.csv", "k,n\n" + rows)
-    write("more.csv", "k,n\n" + rows + "another,1\n")
-
-    result = data.group_by("most.csv", "k", "n")
-
-    assert next(iter(result["groups"])) == "k9999"
-    assert len(result["groups"]) + result["groups_left_out"] == 10_000
-    assert_refused(lambda: data.group_by("more.csv", "k", "n"), "k has over 10,000 values", "another column")
+    assert rows[0] not in message and "root:" not in message
+    assert {path: path.read_bytes() for path in data.root.parent.rglob("*") if path.is_file()} == before
 
 
-def test_find_outliers_names_the_rows(data: DataProcessor, write: Write) -> None:
-    """The rows beyond z standard deviations are told by number (the first is 1), of many the first 20."""
-    write("t.csv", "n\n" + "1\n2\n" * 500 + "1000\n" * 25)
-    write("one.csv", "n\n" + "1\n2\n" * 20 + "-500\n" + "3\n")
+@pytest.mark.parametrize("sql", [None, 7, ["SELECT 1"], {"sql": "SELECT 1"}])
+def test_sql_that_is_no_text_is_refused(data: Data, write: Write, sql: Any) -> None:
+    write("t.csv", SHOP)
 
-    many, one = data.find_outliers("t.csv", "n"), data.find_outliers("one.csv", "n", z=4)
-
-    assert many["count"] == 25 and len(many["outliers"]) == 20
-    assert many["outliers"][0] == {"row": 1001, "value": 1000}
-    assert one["outliers"] == [{"row": 41, "value": -500}]
+    refused(lambda: DataProcessor(data.root).query("t.csv", sql), "expected text")
 
 
-def test_equal_numbers_have_no_outliers(data: DataProcessor, write: Write) -> None:
-    """Without any deviation nothing is far from the mean."""
-    write("t.csv", "n\n" + "0.1\n" * 10)
+ENDLESS = [
+    "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t",
+    "SELECT count(*) FROM range(10000000000) a, range(1000000) b",
+    "SELECT * FROM range(1000000000000)",
+]
 
-    assert data.find_outliers("t.csv", "n")["count"] == 0
+
+@pytest.mark.parametrize("sql", ENDLESS)
+def test_query_that_never_ends_is_ended(data: Data, write: Write, sql: str) -> None:
+    """It has a time limit, which the message names."""
+    write("t.csv", SHOP)
+
+    refused(lambda: DataProcessor(data.root, seconds=0.5).query("t.csv", sql), "query took over 0.5 s")
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
-def test_unknown_column_is_refused(data: DataProcessor, write: Write, name: str) -> None:
-    """The message names the column that is lacking and those that there are."""
-    write(name, "k,n\nx,1\n" if name.endswith("csv") else '{"k": "x", "n": 1}\n')
+def test_query_ends_when_the_task_is_cancelled(data: Data, write: Write) -> None:
+    """`check` is asked again and again; its exception ends the call."""
 
-    assert_refused(lambda: data.group_by(name, "price"), "no column 'price'", "k, n")
-    assert_refused(lambda: data.group_by(name, "k", "price"), "no column 'price'", "k, n")
-    assert_refused(lambda: data.find_outliers(name, "price"), "no column 'price'", "k, n")
+    class Cancelled(Exception):
+        pass
+
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Cancelled
+
+    write("t.csv", SHOP)
+
+    with pytest.raises(Cancelled):
+        DataProcessor(data.root).query("t.csv", ENDLESS[0], check=check)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "sql",
     [
-        {"by": None},
-        {"by": ["k"]},
-        {"by": "k", "value": 1},
-        {"by": "k", "how": "median"},
-        {"by": "k", "how": {}},
-        {"by": "k", "how": "mean"},
+        "SELECT length(repeat('x', 2000000000))",
+        "SELECT list_sort(range(100000000))",
+        "SELECT format('{:>1000000000}', 'x')",
+        "SELECT string_agg(repeat('y', 1000000), '') FROM range(300)",
+        "SELECT list(a.range) FROM range(100000000) a",
     ],
 )
-def test_group_by_refuses_the_unfit(data: DataProcessor, write: Write, arguments: dict[str, Any]) -> None:
-    """Whatever JSON value an LLM passes, the answer is a ToolError."""
-    write("t.csv", "k,n\nx,1\n")
+def test_query_that_takes_too_much_memory_is_refused(data: Data, write: Write, sql: str) -> None:
+    write("t.csv", SHOP)
 
-    assert_refused(lambda: data.group_by("t.csv", **arguments))
-
-
-@pytest.mark.parametrize("z", [0, -1, "x", None, [], math.nan, math.inf, True])
-def test_find_outliers_refuses_unfit_z(data: DataProcessor, write: Write, z: Any) -> None:
-    """z must be a number above zero."""
-    write("t.csv", "n\n1\n")
-
-    assert_refused(lambda: data.find_outliers("t.csv", "n", z), "z =", "above 0")
+    refused(lambda: DataProcessor(data.root).query("t.csv", sql), "too much memory")
 
 
-def test_find_outliers_needs_numbers(data: DataProcessor, write: Write) -> None:
-    """A column of words has no outliers to look for."""
-    write("t.csv", "k\nx\n")
-
-    assert_refused(lambda: data.find_outliers("t.csv", "k"), "column k of t.csv has no numbers")
-
-
-# -- what is no data file -----------------------------------------------------------------------------------
+# -- files that can't be read -------------------------------------------------------------------------------
 @pytest.mark.parametrize("file", ["nothing.csv", "a/b/c.csv", "line\nbreak", "\x1b[31m"])
-def test_missing_file_is_refused(data: DataProcessor, file: str) -> None:
-    """The message names the file (without the control characters in it) and where it was looked for."""
-    assert_refused(lambda: data.load_file(file), "no such file", str(data.data_root))
+def test_missing_file_is_refused(data: Data, file: str) -> None:
+    """The message names the file (without its control characters) and where it was looked for."""
+    refused(lambda: data.load_file(file), "no such file", str(data.root))
 
 
 @pytest.mark.parametrize("file", ["x" * 300, "a/" * 3000, "nul\0.csv", "\ud800", "file.csv/inside"])
-def test_impossible_names_are_refused(data: DataProcessor, write: Write, file: str) -> None:
+def test_impossible_names_are_refused(data: Data, write: Write, file: str) -> None:
     """A name too long, one with a NUL or half a surrogate pair, or a path through a file: one clear line."""
     write("file.csv", "a\n1\n")
 
-    assert_refused(lambda: data.load_file(file), "cannot be a file")
+    refused(lambda: data.load_file(file), "cannot be a file")
 
 
 @pytest.mark.parametrize("file", [None, 7, True, ["t.csv"], {"file": "t.csv"}])
-def test_names_that_are_no_text_are_refused(data: DataProcessor, file: Any) -> None:
+def test_names_that_are_no_text_are_refused(data: Data, file: Any) -> None:
     """An LLM may pass any JSON value."""
-    assert_refused(lambda: data.load_file(file), "expected text")
+    refused(lambda: data.load_file(file), "expected text")
 
 
-def test_empty_files_are_refused(data: DataProcessor, write: Write) -> None:
-    """An empty file, and gzip of nothing."""
-    write("t.csv", b"")
-    write("t.csv.gz", gzip.compress(b""))
-
-    assert_refused(lambda: data.load_file("t.csv"), "t.csv is empty")
-    assert_refused(lambda: data.describe("t.csv.gz"), "t.csv.gz is empty")
+def test_tool_call_passes_on_refusals(data: Data) -> None:
+    """The real call, with its own process, says the same."""
+    refused(lambda: DataProcessor(data.root).load_file("nothing.csv"), "no such file: nothing.csv", str(data.root))
 
 
-def test_directory_is_refused(data: DataProcessor) -> None:
-    """A directory, the data root too."""
-    (data.data_root / "folder").mkdir()
+def test_process_that_cannot_start_is_unavailable(data: Data, monkeypatch: Patch) -> None:
+    """Too many processes may pass: the task is tried again."""
+    monkeypatch.setattr("agent_tools.data.START", ["/no/such/python"])
 
-    for file in ("folder", ".", ""):
-        assert_refused(lambda file=file: data.load_file(file), "is a directory")
+    with pytest.raises(ToolUnavailable, match="cannot start a process"):
+        DataProcessor(data.root).load_file("t.csv")
 
 
-def test_fifo_and_socket_are_refused_without_waiting(data: DataProcessor, monkeypatch: Patch) -> None:
-    """To open a FIFO would wait for its writer, for ever."""
-    os.mkfifo(data.data_root / "fifo")
-    monkeypatch.chdir(data.data_root)  # the path of a socket may have about 100 characters only
+def test_process_that_crashes_is_one_clear_line(data: Data, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("agent_tools.data.START", ["/bin/sh", "-c", "kill -9 $$"])
+
+    refused(lambda: DataProcessor(data.root).load_file("t.csv"), "load_file took too much memory or crashed")
+
+
+@pytest.mark.parametrize(("name", "content"), [("t.csv", b""), ("t.csv.gz", gzip.compress(b"", mtime=0))])
+def test_empty_files_are_refused(data: Data, write: Write, name: str, content: bytes) -> None:
+    write(name, content)
+
+    refused(lambda: data.load_file(name), f"{name} is empty")
+
+
+@pytest.mark.parametrize("file", ["folder", ".", ""])
+def test_directory_is_refused(data: Data, file: str) -> None:
+    (data.root / "folder").mkdir()
+
+    refused(lambda: data.load_file(file), "is a directory")
+
+
+def test_fifo_socket_and_device_are_refused_without_waiting(data: Data, monkeypatch: Patch) -> None:
+    """Opening a FIFO would wait for its writer, and /dev/zero never ends."""
+    os.mkfifo(data.root / "fifo")
+    monkeypatch.chdir(data.root)  # the path of a socket may have about 100 characters only
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("socket")
 
-        for file in ("fifo", "socket"):
-            assert_refused(lambda file=file: data.load_file(file), "is a device, FIFO or socket")
+        refused(lambda: data.load_file("fifo"), "is a device, FIFO or socket")
+        refused(lambda: data.load_file("socket"), "is a device, FIFO or socket")
+    refused(lambda: Data(Path("/dev")).load_file("zero"), "is a device, FIFO or socket")
 
 
-def test_device_is_refused() -> None:
-    """/dev/zero would be read for ever."""
-    assert_refused(lambda: DataProcessor(Path("/dev")).load_file("zero"), "is a device, FIFO or socket")
+def test_file_exchanged_after_the_check_is_refused(data: Data, write: Write, monkeypatch: Patch) -> None:
+    """If a FIFO or a link takes the file's place between check and opening, nobody waits and nothing is followed."""
+    write("t.csv", "a\n1\n")
+    (data.root / "link.csv").symlink_to("t.csv")
+    os.mkfifo(data.root / "fifo.csv")
+    monkeypatch.setattr(table, "checked_path", lambda root, file: root / file)
+
+    refused(lambda: data.load_file("link.csv"), "cannot read link.csv")
+    refused(lambda: data.load_file("fifo.csv"))
 
 
-def test_fifo_put_in_place_after_the_check_does_not_block(data: DataProcessor, monkeypatch: Patch) -> None:
-    """Should somebody exchange the file between check and opening, it is opened without waiting."""
-    os.mkfifo(data.data_root / "t.csv")
-    monkeypatch.setattr(agent_tools, "checked_path", lambda root, file: root / file)
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="on other systems DuckDB opens the path")
+def test_file_exchanged_before_duckdb_reads_it_is_the_old_one(data: Data, write: Write, monkeypatch: Patch) -> None:
+    """DuckDB reads the file that was checked and opened, whatever its path leads to by then."""
+    write("t.csv", "a,b\n1,2\n")
+    real = table.connect
 
-    assert_refused(lambda: data.load_file("t.csv"))
+    def exchange(location: str) -> Any:
+        (data.root / "t.csv").unlink()
+        (data.root / "t.csv").symlink_to("/etc/passwd")
+        return real(location)
+
+    monkeypatch.setattr(table, "connect", exchange)
+
+    assert data.rows("t.csv") == [["1.0", "2.0"]]
 
 
 @pytest.mark.parametrize(
-    "file", ["../secret.csv", "/etc/passwd", "link.csv", "folder/secret.csv", "a/../../secret.csv"]
+    "file",
+    ["../secret.csv", "/etc/passwd", "link.csv", "folder/secret.csv", "a/../../secret.csv", "../data-private/t.csv"],
 )
-def test_files_outside_the_data_root_are_refused(data: DataProcessor, file: str) -> None:
-    """Neither `..` nor an absolute path nor a symbolic link (to a file, to a folder) leads out."""
-    secret = data.data_root.parent / "secret.csv"
+def test_files_outside_the_data_root_are_refused(data: Data, file: str) -> None:
+    """Neither `..` nor an absolute path nor a symbolic link leads out; a folder with the same beginning is outside."""
+    secret = data.root.parent / "secret.csv"
     secret.write_text("password\n1234\n")
-    (data.data_root / "link.csv").symlink_to(secret)
-    (data.data_root / "folder").symlink_to(data.data_root.parent)
+    (data.root / "link.csv").symlink_to(secret)
+    (data.root / "folder").symlink_to(data.root.parent)
+    data.root.with_name("data-private").mkdir()
+    (data.root.with_name("data-private") / "t.csv").write_text("a\n1\n")
 
-    assert_refused(lambda: data.load_file(file), "outside the data root")
-
-
-def test_root_with_the_same_beginning_is_outside(data: DataProcessor) -> None:
-    """/x/data-private is not inside /x/data."""
-    private = data.data_root.with_name("data-private")
-    private.mkdir()
-    (private / "t.csv").write_text("a\n1\n")
-
-    assert_refused(lambda: data.load_file("../data-private/t.csv"), "outside the data root")
+    refused(lambda: data.load_file(file), "outside the data root")
 
 
-def test_paths_that_stay_inside_are_read(data: DataProcessor, write: Write) -> None:
-    """An absolute path, `..` and a symbolic link are fine as long as they end inside the root."""
+def test_paths_that_stay_inside_are_read(data: Data, write: Write) -> None:
+    """An absolute path, `..` and a link are fine as long as they end inside the root, which may be a link itself."""
     write("t.csv", "a\n1\n")
-    (data.data_root / "folder").mkdir()
-    (data.data_root / "link.csv").symlink_to("t.csv")
+    (data.root / "folder").mkdir()
+    (data.root / "link.csv").symlink_to("t.csv")
+    data.root.with_name("root-link").symlink_to(data.root)
 
-    for file in (str(data.data_root / "t.csv"), "folder/../t.csv", "link.csv"):
+    for file in (str(data.root / "t.csv"), "folder/../t.csv", "link.csv"):
         assert data.load_file(file)["rows"] == 1
+    assert Data(data.root.with_name("root-link")).load_file("t.csv")["rows"] == 1
 
 
-def test_data_root_may_be_a_link(data: DataProcessor, write: Write) -> None:
-    """Root and file are both resolved before they are compared."""
-    write("t.csv", "a\n1\n")
-    link = data.data_root.with_name("link")
-    link.symlink_to(data.data_root)
+def test_loop_of_links_is_refused(data: Data) -> None:
+    (data.root / "a").symlink_to("b")
+    (data.root / "b").symlink_to("a")
 
-    assert DataProcessor(link).load_file("t.csv")["rows"] == 1
+    refused(lambda: data.load_file("a"))
 
 
-def test_loop_of_links_is_refused(data: DataProcessor) -> None:
-    """Two links that lead to each other lead to no file."""
-    (data.data_root / "a").symlink_to("b")
-    (data.data_root / "b").symlink_to("a")
-
-    assert_refused(lambda: data.load_file("a"))
-
-
-def test_link_put_in_place_after_the_check_is_not_followed(
-    data: DataProcessor, write: Write, monkeypatch: Patch
-) -> None:
-    """A file that became a link between check and opening is refused."""
-    write("t.csv", "a\n1\n")
-    (data.data_root / "link.csv").symlink_to("t.csv")
-    monkeypatch.setattr(agent_tools, "checked_path", lambda root, file: root / file)
-
-    assert_refused(lambda: data.load_file("link.csv"), "cannot read link.csv")
-
-
-def test_file_without_permission_is_refused(data: DataProcessor, write: Write, monkeypatch: Patch) -> None:
+def test_file_without_permission_is_refused(data: Data, write: Write, monkeypatch: Patch) -> None:
     """The system's "permission denied" (simulated, since root may read all) becomes one clear line."""
     write("t.csv", "a\n1\n")
 
     def denied(*_: Any) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(agent_tools.os, "open", denied)
+    monkeypatch.setattr(table.os, "open", denied)
 
-    with pytest.raises(ToolError, match=r"cannot read t\.csv: Permission denied"):
-        data.load_file("t.csv")
+    refused(lambda: data.load_file("t.csv"), "cannot read t.csv: Permission denied")
 
 
 @pytest.mark.parametrize("content", [PNG, ELF, ZIP, bytes(range(1, 256)) * 20, gzip.compress(PNG, mtime=0)])
 @pytest.mark.parametrize("name", ["t.csv", "t.json", "t.txt", "t"])
-def test_binary_content_is_refused(data: DataProcessor, write: Write, name: str, content: bytes) -> None:
+def test_binary_content_is_refused(data: Data, write: Write, name: str, content: bytes) -> None:
     """An image, a program or an archive is called binary, whatever its name."""
     write(name, content)
 
-    assert_refused(lambda: data.load_file(name), f"{name} is binary")
+    refused(lambda: data.load_file(name), f"{name} is binary")
 
 
-def test_nul_after_the_sample_is_refused_with_its_line(data: DataProcessor, write: Write) -> None:
+def test_nul_is_refused_with_its_line(data: Data, write: Write) -> None:
     """A NUL far down in a table is named by its line; one at the top, too."""
     write("late.csv", b"a,b\n" + b"1,2\n" * 20_000 + b"3\0,4\n")
     write("early.csv", b"a,b\n1,2\n3\0,4\n")
 
-    assert_refused(lambda: data.load_file("late.csv"), "late.csv, line 20002 has a NUL")
-    assert_refused(lambda: data.load_file("early.csv"), "early.csv is binary or damaged", "line 3")
+    refused(lambda: data.load_file("late.csv"), "late.csv, line 20002 has a NUL")
+    refused(lambda: data.load_file("early.csv"), "early.csv is binary or damaged", "line 3")
 
 
 @pytest.mark.parametrize("keep", [5, 15, -20, -4])
-def test_truncated_gzip_is_refused(data: DataProcessor, write: Write, keep: int) -> None:
+def test_truncated_gzip_is_refused(data: Data, write: Write, keep: int) -> None:
     """A gzip file cut within its header, its data or its checksum is damaged: no rows are made of it."""
-    packed = gzip.compress(b"a,b\n" + b"1,2\n" * 50_000)
-    write("t.csv.gz", packed[:keep])
+    write("t.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * 50_000)[:keep])
 
-    assert_refused(lambda: data.load_file("t.csv.gz"), "t.csv.gz is damaged gzip")
+    refused(lambda: data.load_file("t.csv.gz"), "t.csv.gz is damaged gzip")
 
 
 @pytest.mark.parametrize("place", [2, 30, -6])
-def test_corrupt_gzip_is_refused(data: DataProcessor, write: Write, place: int) -> None:
+def test_corrupt_gzip_is_refused(data: Data, write: Write, place: int) -> None:
     """A wrong byte in the method, the data or the checksum is noticed."""
     packed = bytearray(gzip.compress(os.urandom(2000).hex().encode()))
     packed[place] ^= 0xFF
     write("t.txt.gz", bytes(packed))
 
-    assert_refused(lambda: data.load_file("t.txt.gz"), "t.txt.gz is damaged gzip")
+    refused(lambda: data.load_file("t.txt.gz"), "t.txt.gz is damaged gzip")
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.jsonl", "t.json", "t.csv.gz"])
-def test_endless_line_is_refused(data: DataProcessor, write: Write, monkeypatch: Patch, name: str) -> None:
-    """A file without line breaks is not read whole (with a lower limit here, so that the file is small)."""
-    monkeypatch.setattr(agent_tools, "MAX_RECORD_CHARS", 100_000)
-    content = (b'["' if name == "t.json" else b"") + b"x" * 400_000
-    write(name, gzip.compress(content) if name.endswith("gz") else content)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"x" * 20_000_000),
+        ("t.csv", b"a,b\n" + b"x" * 12_000_000 + b",1\n"),
+        ("t.csv", b'a,b\n"' + b"xxxxxxxxxxx\n" * 1_000_000 + b'",1\n'),
+        ("t.csv", b'a,b\n1,"2\n' + b"3,4\n" * 1_000_000),
+        ("t.txt", b"x" * 20_000_000),
+        ("t.jsonl", b'{"a": "' + b"x" * 20_000_000),
+        ("t.json", b'["' + b"x" * 20_000_000),
+        ("t.json", b'{"a": "' + b"x" * 20_000_000),
+        ("t.csv", b"," * 1_000_000 + b"\n1\n"),
+        ("t.json", json.dumps([{f"c{n}": n for n in range(20_000)}]).encode()),
+    ],
+    ids=["line", "field", "quoted", "open quote", "text", "jsonl", "json", "object", "commas", "keys"],
+)
+def test_endless_records_are_refused(
+    data: Data, write: Write, name: str, content: bytes, pack: Callable[[bytes], bytes]
+) -> None:
+    """A record, a quote or a header without an end is not kept whole in memory."""
+    write(name, pack(content))
 
-    assert_refused(lambda: data.load_file(name), "100,000 characters")
-
-
-def test_too_long_lines_and_fields_are_refused_at_the_true_limit(data: DataProcessor, write: Write) -> None:
-    """20 MB without a line break, a field of 12 MB, and one of 12 MB in quotes and lines: none is kept whole."""
-    write("line.csv", b"x" * 20_000_000)
-    write("field.csv", b"a,b\n" + b"x" * 12_000_000 + b",1\n")
-    write("quoted.csv", b'a,b\n"' + b"xxxxxxxxxxx\n" * 1_000_000 + b'",1\n')
-
-    for name in ("line.csv", "field.csv", "quoted.csv"):
-        assert_refused(lambda name=name: data.load_file(name), name, "over 3,000,000 characters")
-
-
-def test_quote_left_open_is_refused(data: DataProcessor, write: Write, monkeypatch: Patch) -> None:
-    """A quote without its end does not swallow the rest of a large file."""
-    monkeypatch.setattr(agent_tools, "MAX_RECORD_CHARS", 10_000)
-    write("t.csv", 'a,b\n1,"2\n' + "3,4\n" * 5_000)
-
-    assert_refused(lambda: data.load_file("t.csv"), "over 10,000 characters", "quote")
-
-
-def test_too_many_columns_are_refused(data: DataProcessor, write: Write) -> None:
-    """A header of a million commas is no table."""
-    write("t.csv", "," * 1_000_000 + "\n1\n")
-
-    assert_refused(lambda: data.load_file("t.csv"), "over 20,000 columns")
+    refused(lambda: DataProcessor(data.root).load_file(name), name)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("t.json", "[" * 100_000, "nested too deep"),
+        ("t.json", "[" * 100_000, "Malformed JSON"),
         ("t.json", '{"a":' * 100_000, "nested too deep"),
-        ("t.jsonl", '{"a": 1}\n' + "[" * 100_000, "nested too deep"),
+        ("t.jsonl", '{"a": 1}\n' + "[" * 100_000, "Malformed JSON"),
         ("t.json", '[{"n": NaN}]', "NaN"),
         ("t.json", '{"n": -Infinity}', "-Infinity"),
-        ("t.jsonl", '{"n": 1}\n{"n": Infinity}\n', "line 2 is not JSON: Infinity"),
-        ("t.jsonl", '{"n": 1}\n\n{"n": 2\n{"n": 3}\n', "line 3 is not JSON"),
-        ("t.json", "[1 2]", 'no "," or "]"'),
-        ("t.json", "[1,,2]", "not JSON near ',2]'"),
-        ("t.json", '[{"a": 1}, {"a": 2}', "not JSON"),
-        ("t.json", '[{"a": 1', "not JSON"),
-        ("t.json", "[1] 2", "more after the array's end"),
-        ("t.json", "hello", "not JSON"),
+        ("t.jsonl", '{"n": 1}\n{"n": Infinity}\n', "Infinity"),
+        ("t.jsonl", '{"n": 1}\n\n{"n": 2\n{"n": 3}\n', "line 3"),
+        ("t.json", "[1 2]", "JSON"),
+        ("t.json", "[1,,2]", "JSON"),
+        ("t.json", '[{"a": 1}, {"a": 2}', "JSON"),
+        ("t.json", '[{"a": 1', "JSON"),
+        ("t.json", "[1] 2", "JSON"),
+        ("t.json", "hello", "JSON"),
+        ("t.jsonl", r'{"\ud800": "\udc00", "a": 1}', "surrogate"),
     ],
 )
-def test_bad_json_is_refused(data: DataProcessor, write: Write, name: str, content: str, part: str) -> None:
-    """Broken, too deep, or with numbers that JSON does not know: one line that names the place."""
+def test_bad_json_is_refused(data: Data, write: Write, name: str, content: str, part: str) -> None:
+    """Broken, too deep, or with numbers that JSON doesn't know: one line that names the file, not a copy of it."""
     write(name, content)
 
-    assert_refused(lambda: data.describe(name), name, part)
+    message = refused(lambda: data.describe(name), name, part)
+
+    assert "/proc/" not in message and "/tmp/tmp" not in message
 
 
 @given(content=st.binary(max_size=300), name=st.sampled_from(["t", "t.csv", "t.json", "t.jsonl", "t.txt"]))
 @settings(PROPERTY, max_examples=150)
-def test_any_bytes_give_a_result_or_a_tool_error(data: DataProcessor, content: bytes, name: str) -> None:
+def test_any_bytes_give_a_result_or_a_tool_error(data: Data, content: bytes, name: str) -> None:
     """No content of a file makes a tool raise anything else, or return what JSON cannot hold."""
-    (data.data_root / name).write_bytes(content)
+    (data.root / name).write_bytes(content)
 
     for action in (data.load_file, data.describe):
         try:
@@ -824,407 +823,28 @@ def test_any_bytes_give_a_result_or_a_tool_error(data: DataProcessor, content: b
 
 
 # -- memory -------------------------------------------------------------------------------------------------
-MEASURE = """
-import json, resource, sys
-from pathlib import Path
-from agent_tools import DataProcessor
-result = DataProcessor(Path(sys.argv[1])).load_file(sys.argv[2])
-try:
-    peak_kb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-except OSError:  # no Linux. There, getrusage() would count the memory of who started this process, too
-    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-print(json.dumps([result["rows"], peak_kb]))
-"""
-
-
-@pytest.mark.parametrize("name", ["big.csv.gz", "big.json.gz", "big.csv"])
-def test_large_file_takes_little_memory(data: DataProcessor, name: str) -> None:
-    """118 MB of rows are read with less than 80 MB of memory: plain, zipped, and as one JSON array."""
-    is_json = "json" in name
-    row = json.dumps({"n": 1, "text": "x" * 1000}) + "," if is_json else f"1,{'x' * 1000}\n"
-    path = data.data_root / name
-    with gzip.open(path, "wb", 1) if name.endswith("gz") else path.open("wb") as file:
-        file.write(b"[" if is_json else b"n,text\n")
-        for _ in range(118):
-            file.write((row * 1000).encode())
-        file.write(b"{}]" if is_json else b"")
-
-    command = [sys.executable, "-c", MEASURE, str(data.data_root), name]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    rows, peak_kb = json.loads(run.stdout)
-
-    assert rows == 118_000 + is_json
-    assert peak_kb < 80_000
-
-
-MEASURE_ALL = """
-import json, sys
-from pathlib import Path
-from agent_tools import DataProcessor
-data = DataProcessor(Path(sys.argv[1]))
-rows = data.load_file("big.csv")["rows"]
-described = data.describe("big.csv")["columns"]["n"]
-groups = data.group_by("big.csv", "key", "n")["groups"]
-outliers = data.find_outliers("big.csv", "n")["count"]
-peak_kb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-print(json.dumps([rows, described["sum"], groups, outliers, peak_kb]))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of one process is read from /proc")
-def test_all_data_tools_on_a_large_file_take_little_memory(data: DataProcessor) -> None:
-    """The four tools in turn on 100 MB of CSV agree with the numbers written, in under 200 MB of memory."""
-    blocks, block = 100, [(f"k{n % 3}", n) for n in range(1000)]
-    rows = "".join(f"{key},{n},{'x' * 990}\n" for key, n in block).encode()
-    with (data.data_root / "big.csv").open("wb") as file:
-        file.write(b"key,n,text\n")
+@pytest.mark.parametrize("name", ["big.csv", "big.csv.gz", "big.json.gz", "big.jsonl", "big.txt"])
+def test_large_file_fits_into_the_memory(data: Data, name: str) -> None:
+    """118 MB of rows are described and grouped in a process that may take 220 MB, with the right sums."""
+    is_json, blocks, block = "json" in name, 118, range(1000)
+    end = ",\n" if name.startswith("big.json.") else "\n"
+    with gzip.open(data.root / name, "wb", 1) if name.endswith("gz") else (data.root / name).open("wb") as file:
+        rows = [{"k": f"k{n % 3}", "n": n, "text": "x" * 980} for n in block]
+        lines = [json.dumps(row) if is_json else ",".join(map(str, row.values())) for row in rows]
+        file.write(b"[" if end == ",\n" else b"" if is_json else b"k,n,text\n")
         for _ in range(blocks):
-            file.write(rows)
-
-    command = [sys.executable, "-c", MEASURE_ALL, str(data.data_root)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    count, total, groups, outliers, peak_kb = json.loads(run.stdout)
-
-    expected = {f"k{k}": blocks * sum(n for key, n in block if key == f"k{k}") for k in range(3)}
-    assert (count, total, outliers) == (100_000, blocks * sum(range(1000)), 0)
-    assert groups == expected
-    assert peak_kb < 200_000
-
-
-# -- email --------------------------------------------------------------------------------------------------
-@pytest.fixture
-def outbox(tmp_path: Path) -> Path:
-    return tmp_path / "outbox"
-
-
-def read(path: str | Path) -> EmailMessage:
-    message = message_from_bytes(Path(path).read_bytes(), policy=policy.default)
-    assert isinstance(message, EmailMessage)
-    return message
-
-
-def test_email_becomes_a_file(outbox: Path, monkeypatch: Patch) -> None:
-    """Without a server, a message with all that RFC 5322 asks for is in the outbox, and nothing beside it."""
-    monkeypatch.setenv("MAIL_FROM", "robot@example.org")
-
-    result = EmailSender(outbox, None).send("a@example.org", "Größe: 5 €", "Zeile eins\nZeile zwei ü\n")
-
-    message = read(result["file"])
-    assert message["From"] == "robot@example.org" and message["To"] == "a@example.org"
-    assert message["Subject"] == "Größe: 5 €"
-    assert message.get_content() == "Zeile eins\nZeile zwei ü\n"
-    assert message["Date"].datetime and message["Message-ID"] == result["message_id"]
-    assert [path.name for path in outbox.iterdir()] == [Path(result["file"]).name]
-
-
-@pytest.mark.parametrize(
-    "to",
-    [["a@example.org", "b@example.org"], "a@example.org, b@example.org", "Ann <a@example.org>,b@example.org"],
-)
-def test_several_recipients(outbox: Path, to: str | list[str]) -> None:
-    """Recipients are a list, or text with commas; names beside the addresses are left out."""
-    result = EmailSender(outbox, None).send(to, "s", "b")
-
-    assert read(result["file"])["To"] == "a@example.org, b@example.org"
-
-
-def test_same_message_id_sends_once(outbox: Path) -> None:
-    """A task that is tried again sends no second message, and learns what it learned the first time."""
-    sender = EmailSender(outbox, None)
-
-    first = sender.send("a@example.org", "s", "first", message_id="task-7")
-    content = Path(first["file"]).read_bytes()
-    second = sender.send("a@example.org", "s", "second", message_id="task-7")
-
-    assert second == {**first, "already_sent": True}
-    assert Path(first["file"]).name == "task-7.eml"
-    assert Path(first["file"]).read_bytes() == content
-
-
-def test_messages_without_id_are_all_sent(outbox: Path) -> None:
-    """Two equal messages without message_id are two messages."""
-    sender = EmailSender(outbox, None)
-
-    files = {sender.send("a@example.org", "s", "b")["file"] for _ in range(2)}
-
-    assert len(files) == 2
-
-
-@pytest.mark.parametrize("message_id", ["../../evil", "/etc/passwd", "a\nBcc: x", "x" * 5000, "\ud800", ".."])
-def test_message_id_cannot_leave_the_outbox(outbox: Path, message_id: str) -> None:
-    """Whatever the id holds, it is one file in the outbox and one header."""
-    result = EmailSender(outbox, None).send("a@example.org", "s", "b", message_id)
-
-    assert Path(result["file"]).resolve().parent == outbox.resolve()
-    assert read(result["file"])["Bcc"] is None
-
-
-def test_message_ids_that_look_alike_are_two(outbox: Path) -> None:
-    """Ids that differ only in characters unfit for file names do not count as sent already."""
-    sender = EmailSender(outbox, None)
-
-    results = [sender.send("a@example.org", "s", "b", message_id) for message_id in ("t/1", "t_1", "t 1")]
-
-    assert len({result["file"] for result in results}) == 3
-    assert not any("already_sent" in result for result in results)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"subject": "x\r\nBcc: victim@example.org"},
-        {"subject": "x\nBcc: victim@example.org"},
-        {"subject": "x\u2028y"},
-        {"subject": "\ud800"},
-        {"subject": None},
-        {"body": None},
-        {"body": "\ud800"},
-        {"body": {"text": "x"}},
-        {"to": "a@example.org\nBcc: victim@example.org"},
-        {"to": ["a@example.org", "b@example.org\r\nX: y"]},
-        {"to": "nobody"},
-        {"to": "a@b@c"},
-        {"to": ""},
-        {"to": []},
-        {"to": [7]},
-        {"to": None},
-        {"to": "jürgen@example.org"},
-        {"to": "<script>@example.org"},
-        {"to": "a@example.org, nobody"},
-        {"message_id": 7},
-    ],
-)
-def test_unfit_emails_are_refused(outbox: Path, arguments: dict[str, Any]) -> None:
-    """Line breaks in headers, what is no address, and what is no text: a ToolError, and no file."""
-    fit = {"to": "a@example.org", "subject": "s", "body": "b"}
-
-    assert_refused(lambda: EmailSender(outbox, None).send(**{**fit, **arguments}))
-
-    assert not outbox.exists()
-
-
-def test_line_break_in_mail_from_is_refused(outbox: Path, monkeypatch: Patch) -> None:
-    """The environment cannot add headers either."""
-    monkeypatch.setenv("MAIL_FROM", "a@example.org\nBcc: victim@example.org")
-
-    assert_refused(lambda: EmailSender(outbox, None).send("a@example.org", "s", "b"))
-
-
-def test_outbox_that_cannot_be_written_is_unavailable(outbox: Path) -> None:
-    """A full disk or a missing permission may pass: the task is tried again."""
-    outbox.write_text("a file where the folder should be")
-
-    with pytest.raises(ToolUnavailable, match="cannot write"):
-        EmailSender(outbox, None).send("a@example.org", "s", "b", "task-7")
-
-
-def test_failed_write_leaves_nothing(outbox: Path, monkeypatch: Patch) -> None:
-    """When the disk is full halfway, neither the message nor a part of it stays."""
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(agent_tools.os, "fsync", full)
-
-    with pytest.raises(ToolUnavailable, match="No space left"):
-        EmailSender(outbox, None).send("a@example.org", "s", "b", "task-7")
-
-    assert list(outbox.iterdir()) == []
-
-
-class SMTPHandler(socketserver.StreamRequestHandler):
-    """Speak as much SMTP as a client needs; `server.answers` overrides what is said to a command."""
-
-    timeout = 10
-
-    def handle(self) -> None:
-        answers: dict[str, str] = self.server.answers  # type: ignore[attr-defined]
-        self.say(answers.get("greeting", "220 ready"))
-        while line := self.rfile.readline().decode().strip():
-            command = line.split()[0].upper()
-            self.server.commands.append(line)  # type: ignore[attr-defined]
-            usual = {
-                "EHLO": "250-me\r\n250 AUTH PLAIN",
-                "AUTH": "235 welcome",
-                "DATA": "354 go on",
-                "QUIT": "221 bye",
-            }
-            answer = answers.get(line) or answers.get(command) or usual.get(command, "250 fine")
-            if answer == "hang up":
-                return
-            self.say(answer)
-            if answer.startswith("354"):
-                lines = list(iter(self.rfile.readline, b".\r\n"))
-                if answers.get("message") == "hang up":
-                    return
-                self.say(answers.get("message", "250 accepted"))
-                self.server.messages.append(b"".join(lines))  # type: ignore[attr-defined]
-            if command == "QUIT":
-                return
-
-    def say(self, text: str) -> None:
-        self.wfile.write(text.encode() + b"\r\n")
-
-
-@contextmanager
-def smtp_server(answers: dict[str, str] | None = None) -> Iterator[Any]:
-    """A server on loopback, with .url, .commands and .messages; it answers one client at a time."""
-    with socketserver.TCPServer(("127.0.0.1", 0), SMTPHandler) as server:
-        server.answers, server.commands, server.messages = answers or {}, [], []  # type: ignore[attr-defined]
-        server.url = f"smtp://127.0.0.1:{server.server_address[1]}"  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join(timeout=10)
-
-
-def test_smtp_server_gets_the_message(outbox: Path) -> None:
-    """The server is told every recipient, and gets the message with its non-ASCII body."""
-    with smtp_server() as server:
-        EmailSender(outbox, server.url).send(["a@example.org", "b@example.org"], "Grüße", "ü" * 2000)
-
-    message = message_from_bytes(server.messages[0], policy=policy.default)
-    assert isinstance(message, EmailMessage)
-    assert message["Subject"] == "Grüße" and message.get_content().strip() == "ü" * 2000
-    assert sum(command.upper().startswith("RCPT") for command in server.commands) == 2
-
-
-def test_same_message_id_is_sent_by_smtp_once(outbox: Path) -> None:
-    """The copy in the outbox is the memory of what the server has accepted."""
-    with smtp_server() as server:
-        sender = EmailSender(outbox, server.url)
-        first = sender.send("a@example.org", "s", "b", "task-7")
-        second = sender.send("a@example.org", "s", "b", "task-7")
-
-    assert second == {**first, "already_sent": True}
-    assert len(server.messages) == 1
-
-
-@pytest.mark.parametrize("answer", ["421 too busy", "hang up"])
-def test_accepted_message_is_sent_whatever_follows(outbox: Path, answer: str) -> None:
-    """A server that answers badly to QUIT has the message: failing now would send it once more."""
-    with smtp_server({"QUIT": answer}) as server:
-        result = EmailSender(outbox, server.url).send("a@example.org", "s", "b", "task-7")
-
-    assert Path(result["file"]).exists()
-
-
-@pytest.mark.parametrize(
-    ("answers", "kind"),
-    [
-        ({"greeting": "421 busy"}, ToolUnavailable),
-        ({"greeting": "554 go away"}, ToolError),
-        ({"MAIL": "451 later"}, ToolUnavailable),
-        ({"MAIL": "550 no"}, ToolError),
-        ({"RCPT": "450 mailbox busy"}, ToolUnavailable),
-        ({"RCPT": "550 no such user"}, ToolError),
-        ({"DATA": "451 later"}, ToolUnavailable),
-        ({"DATA": "554 no"}, ToolError),
-        ({"message": "452 full"}, ToolUnavailable),
-        ({"message": "552 too large"}, ToolError),
-        ({"MAIL": "hang up"}, ToolUnavailable),
-        ({"message": "hang up"}, ToolUnavailable),
-    ],
-)
-def test_smtp_refusals(outbox: Path, answers: dict[str, str], kind: type[Exception]) -> None:
-    """5xx is for good, 4xx and a lost connection may pass; neither counts as sent."""
-    with smtp_server(answers) as server, pytest.raises(kind) as caught:
-        EmailSender(outbox, server.url).send("a@example.org", "s", "b", "task-7")
-
-    assert type(caught.value) is kind
-    assert str(caught.value).isprintable()
-    assert not outbox.exists()
-
-
-def test_some_refused_recipients_are_named(outbox: Path) -> None:
-    """If the server takes the message for some, it is sent, and the result says for whom not."""
-    with smtp_server({"rcpt TO:<b@example.org>": "550 no such user"}) as server:
-        result = EmailSender(outbox, server.url).send("a@example.org, b@example.org", "s", "b")
-
-    assert result["refused"] == ["b@example.org"]
-    assert len(server.messages) == 1
-
-
-@pytest.mark.parametrize(("answer", "kind"), [("535 pa$s/word", ToolError), ("454 wait", ToolUnavailable)])
-def test_password_is_sent_and_never_shown(outbox: Path, answer: str, kind: type[Exception]) -> None:
-    """The password of SMTP_URL (with its escapes) goes to the server only, even if the server repeats it."""
-    with smtp_server({"AUTH": answer}) as server, pytest.raises(kind) as caught:
-        url = server.url.replace("smtp://", "smtp://user:pa%24s%2Fword@")
-        EmailSender(outbox, url).send("a@example.org", "s", "b")
-
-    assert any(command.startswith("AUTH PLAIN") for command in server.commands)
-    assert "pa$s" not in str(caught.value) and "pa%24s" not in str(caught.value)
-
-
-@pytest.mark.parametrize("word", ["pa$s/word", "AHVzZXIAcGEkcy93b3Jk"])
-def test_answer_to_the_login_is_not_repeated(outbox: Path, word: str) -> None:
-    """A server may quote what it was sent, as it is or in base64: of its answer only the code is shown."""
-    with smtp_server({"AUTH": f"535 no {word}"}) as server, pytest.raises(ToolError, match="535") as caught:
-        url = server.url.replace("smtp://", "smtp://user:pa%24s%2Fword@")
-        EmailSender(outbox, url).send("a@example.org", "s", "b")
-
-    assert word not in str(caught.value)
-
-
-def test_login_that_is_not_ascii_is_refused(outbox: Path) -> None:
-    """smtplib cannot send such a login: a ToolError, in which (and behind which) no password stands."""
-    with smtp_server() as server, pytest.raises(ToolError, match="not ASCII") as caught:
-        url = server.url.replace("smtp://", "smtp://user:gehe%C3%ADm@")
-        EmailSender(outbox, url).send("a@example.org", "s", "b")
-
-    assert "gehe" not in str(caught.value)
-    assert caught.value.__suppress_context__
-    assert server.messages == []
-
-
-@pytest.mark.parametrize("asked", ["starttls=yes", "starttls=true", "starttls=", "starttls"])
-def test_misspelt_starttls_is_refused_before_connecting(outbox: Path, asked: str) -> None:
-    """A wish for encryption that is not understood is not taken for "no": nothing is sent in the clear."""
-    with smtp_server() as server, pytest.raises(ToolError, match="SMTP_URL is not like"):
-        EmailSender(outbox, f"{server.url}?{asked}").send("a@example.org", "s", "b")
-
-    assert server.commands == []
-
-
-def test_starttls_that_is_not_offered_is_refused(outbox: Path) -> None:
-    """A message (and a password) that should be encrypted is not sent in the clear."""
-    with smtp_server() as server, pytest.raises(ToolError, match="STARTTLS"):
-        EmailSender(outbox, server.url + "?starttls=1").send("a@example.org", "s", "b")
-
-    assert server.messages == []
-
-
-def test_unreachable_server_is_unavailable(outbox: Path) -> None:
-    """Nobody listens: another try makes sense."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))  # and does not listen, so that connecting is refused
-        port = probe.getsockname()[1]
-
-        with pytest.raises(ToolUnavailable, match=f"cannot reach smtp://127.0.0.1:{port}"):
-            EmailSender(outbox, f"smtp://u:secret@127.0.0.1:{port}").send("a@example.org", "s", "b")
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://host",
-        "host:25",
-        "smtp://",
-        "smtp://u:secret/x@host",
-        "smtp://[::1",
-        "smtp://h:99999",
-        "smtp://h:0",
-        "smtp://h:x",
-        "smtp://a..b",
-    ],
-)
-def test_unfit_smtp_url_is_refused(outbox: Path, url: str) -> None:
-    """The message shows what such a URL looks like, and nothing of this one: it may hold a password."""
-    with pytest.raises(ToolError, match="SMTP_URL is not like") as caught:
-        EmailSender(outbox, url).send("a@example.org", "s", "b")
-
-    assert "secret" not in str(caught.value)
+            file.write("".join(line + end for line in lines).encode())
+        file.write(b'{"k": "k0", "n": 0}]' if end == ",\n" else b"")
+    tool = DataProcessor(data.root)
+
+    described = tool.describe(name)
+
+    if name.endswith("txt"):
+        assert described["lines"] == 118_001
+        return
+    groups = tool.query(name, "SELECT k, sum(n) FROM data GROUP BY k ORDER BY k")["rows"]
+    assert described["columns"]["n"]["sum"] == blocks * sum(block)
+    assert groups == [[f"k{k}", blocks * sum(block[k::3])] for k in range(3)]
 
 
 # -- the registry, and the samples --------------------------------------------------------------------------
@@ -1239,8 +859,8 @@ def test_tools_have_names_and_descriptions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.iterdir()), ids=lambda path: path.name)
 def test_every_sample_can_be_described(path: Path) -> None:
-    """Each file in sample_data is read without a warning, is small, and stands in its README."""
-    described = DataProcessor(SAMPLES).describe(path.name)
+    """Each file in sample_data is read without a warning, is small, and has its line in the README there."""
+    described = Data(SAMPLES).describe(path.name)
 
     assert described["warnings"] == []
     assert path.stat().st_size < 10_000
@@ -1261,7 +881,7 @@ def test_number_columns_of_samples_agree_with_statistics(name: str) -> None:
     """Every number column of the samples has the figures that the statistics module finds."""
     rows = plain_rows(SAMPLES / name)
 
-    described = DataProcessor(SAMPLES).describe(name)
+    described = Data(SAMPLES).describe(name)
 
     numbers = {key: column for key, column in described["columns"].items() if column["type"] == "number"}
     assert described["rows"] == len(rows) and list(described["columns"]) == list(rows[0])
@@ -1271,23 +891,3 @@ def test_number_columns_of_samples_agree_with_statistics(name: str) -> None:
         expected = {"count": len(cells), "missing": len(rows) - len(cells), "min": min(cells), "max": max(cells)}
         expected |= {"sum": math.fsum(cells), "mean": statistics.fmean(cells), "stdev": statistics.stdev(cells)}
         assert {measure: column[measure] for measure in expected} == pytest.approx(expected)
-
-
-def test_sales_results_are_those_of_the_file() -> None:
-    """The numbers that the tutorial shows of sales.csv are those that plain Python finds in it."""
-    with (SAMPLES / "sales.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    revenues = [float(row["revenue"]) for row in rows if row["revenue"]]
-    north = sum(float(row["revenue"] or 0) for row in rows if row["region"] == "north")
-    data = DataProcessor(SAMPLES)
-
-    revenue = data.describe("sales.csv")["columns"]["revenue"]
-    groups = data.group_by("sales.csv", "region", "revenue")["groups"]
-    outliers = data.find_outliers("sales.csv", "revenue")
-
-    assert (revenue["count"], revenue["missing"]) == (len(revenues), 1)
-    assert revenue["sum"] == pytest.approx(sum(revenues))
-    assert groups["north"] == pytest.approx(north)
-    assert outliers["count"] == 2
-    for found in outliers["outliers"]:
-        assert float(rows[found["row"] - 1]["revenue"]) == found["value"] >= sorted(revenues)[-2]

@@ -5,27 +5,38 @@ import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import agent_consumer
-from agent_consumer import MAX_RESULT_CHARS, MAX_STEPS, Agent, coalesce
+from agent import MAX_RESULT_CHARS, MAX_STEPS, Agent, coalesce, schema
 from agent_tools import ToolError, ToolUnavailable, make_tools
 from ailf.messaging.redis import RedisUnavailable
 from ailf.messaging.redis.rate_limiter import Decision
-from mock_llm import LLMError, MockLLM
+from mock_llm import LLMError, MockLLM, ToolCall
 from task_streams import PermanentFailure, Task, TaskCancelled
 from task_streams.keys import EVENTS
 
-LOAD = {"thought": "look", "action": {"tool": "data_processor.load_file", "arguments": {"file": "shop.csv"}}}
-FINISH = {"thought": "enough", "finish": "3 rows"}
-GIVE_UP = {"thought": "no way on", "give_up": "no such file"}
-DATA_TASK = Task(id="7", data={"type": "process_data", "payload": {"file": "shop.csv"}}, attempt=1)
+
+def call(name: str, **arguments: Any) -> ToolCall:
+    return ToolCall(f"id-{name}", name, arguments)
+
+
+LOAD = ["look ", "first", call("data_processor.load_file", file="shop.csv")]
+FINISH = ["3 ", "rows"]
+GIVE_UP = ["no way on", call("give_up", reason="no such file")]
 EMAIL = {"to": "a@example.org", "subject": "Report", "body": "All is well."}
-EMAIL_TASK = Task(id="8", data={"type": "send_email", "payload": EMAIL}, attempt=1)
+
+
+def task_of(kind: str, payload: Any, task_id: str = "7", attempt: int = 1) -> Task:
+    return Task(id=task_id, data={"type": kind, "payload": payload}, attempt=attempt)
+
+
+DATA_TASK = task_of("process_data", {"file": "shop.csv"})
+EMAIL_TASK = task_of("send_email", EMAIL, "8")
 
 
 class FakeLog:
@@ -46,17 +57,19 @@ class FakeLog:
 
 
 class ScriptedLLM:
-    """Reply with the given texts (objects as JSON), one a call; remember the prompts."""
+    """Reply with the given pieces, one list a call; remember what it was told."""
 
     model = "scripted"
 
-    def __init__(self, *replies: Any) -> None:
-        self.replies = [reply if isinstance(reply, str) else json.dumps(reply) for reply in replies]
-        self.prompts: list[str] = []
+    def __init__(self, *replies: list[str | ToolCall]) -> None:
+        self.replies = replies
+        self.messages: list[list[dict[str, Any]]] = []
+        self.tools: list[list[dict[str, Any]]] = []
 
-    def stream(self, prompt: str) -> Iterator[str]:
-        self.prompts.append(prompt)
-        yield self.replies[min(len(self.prompts), len(self.replies)) - 1]  # the last one again and again
+    def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Iterator[str | ToolCall]:
+        self.messages.append([dict(message) for message in messages])
+        self.tools.append(tools)
+        yield from self.replies[min(len(self.messages), len(self.replies)) - 1]  # the last one again and again
 
 
 def load_file(file: str) -> dict[str, Any]:
@@ -64,9 +77,14 @@ def load_file(file: str) -> dict[str, Any]:
     return {"rows": 3}
 
 
+def send(to: str, subject: str, body: str, *, message_id: str | None = None) -> dict[str, Any]:
+    """Pretend to send."""
+    return {"sent": True}
+
+
 def fake_tools(**actions: Any) -> dict[str, Any]:
     tools = {f"data_processor.{name}": action for name, action in {"load_file": load_file, **actions}.items()}
-    return {**tools, "email_sender.send": lambda to, subject, body, message_id=None: {"sent": True}}
+    return {**tools, "email_sender.send": send}
 
 
 def failing(error: Exception) -> Any:
@@ -103,76 +121,44 @@ def fail(llm: Any, tools: dict[str, Any], task: Task, error: type[Exception]) ->
 # What a watcher sees
 
 
-def test_events_of_a_data_task_come_in_order(shop: Path) -> None:
-    """The task is put into words, then each step is: words, response, thought, tool started and completed, progress."""
+def test_events_of_a_data_task(shop: Path) -> None:
+    """The task in words; then for each step words, response, thought, tool started and completed, progress."""
     step = ["llm_delta", "llm_response", "chain_of_thought", "tool_usage", "tool_usage", "progress"]
 
     _, log = work(MockLLM(), make_tools(shop, shop / "outbox", None))
 
-    assert [event for event, _ in log.events] == [
-        "chain_of_thought",
-        *step * 4,
-        *["llm_delta", "llm_response", "chain_of_thought", "progress"],
-    ]
+    last = ["llm_delta", "llm_response", "chain_of_thought", "progress"]
+    assert [event for event, _ in log.events] == ["chain_of_thought", *step * 4, *last]
     assert log.events[0][1] == {"step": "analyzing_task", "prompt": "Process this data: shop.csv"}
-    assert [call["action"] for call in log.of("tool_usage")[::2]] == [
-        "load_file",
-        "describe",
-        "group_by",
-        "find_outliers",
-    ]
+    actions = [call["action"] for call in log.of("tool_usage")[::2]]
+    assert actions == ["load_file", "describe", "query", "query"]
+    assert all(fields.keys() <= set(EVENTS[event]) for event, fields in log.events)
 
 
-def test_events_have_the_fields_of_the_design(shop: Path) -> None:
-    """No event has a field that keys.EVENTS does not name, and each has what a watcher relies on."""
-    required = {
-        "chain_of_thought": {"step"},
-        "llm_delta": {"text"},
-        "llm_response": {"model", "response"},
-        "tool_usage": {"call_id", "tool", "action", "status"},
-        "progress": {"percent", "step"},
-    }
-
-    _, log = work(MockLLM(), make_tools(shop, shop / "outbox", None))
-
-    for event, fields in log.events:
-        assert required[event] <= fields.keys() <= set(EVENTS[event])
-
-
-def test_a_thought_is_logged_with_each_decision() -> None:
-    """chain_of_thought carries the LLM's own thought."""
+def test_a_thought_is_the_text_of_the_reply() -> None:
+    """chain_of_thought and llm_response carry the LLM's own words; the deltas, joined, are the response."""
     _, log = work(ScriptedLLM(LOAD, FINISH), fake_tools())
 
     assert log.of("chain_of_thought")[1:] == [
-        {"step": "choosing_tool", "thought": "look"},
-        {"step": "concluding", "thought": "enough"},
+        {"step": "choosing_tool", "thought": "look first"},
+        {"step": "concluding", "thought": "3 rows"},
     ]
+    assert log.of("llm_response") == [
+        {"model": "scripted", "response": "look first"},
+        {"model": "scripted", "response": "3 rows"},
+    ]
+    assert [delta["text"] for delta in log.of("llm_delta")] == ["look first", "3 rows"]
 
 
 def test_tool_call_is_two_entries_with_one_call_id() -> None:
     """A call is started with its arguments, then completed with its result and duration; ids differ by attempt."""
-    task = Task(id="7", data=DATA_TASK.data, attempt=2)
-
-    _, log = work(ScriptedLLM(LOAD, FINISH), fake_tools(), task)
+    _, log = work(ScriptedLLM(LOAD, FINISH), fake_tools(), task_of("process_data", {"file": "shop.csv"}, attempt=2))
 
     started, completed = log.of("tool_usage")
-    call = {"call_id": "call-2-1", "tool": "data_processor", "action": "load_file"}
-    assert started == {**call, "status": "started", "arguments": {"file": "shop.csv"}}
+    same = {"call_id": "call-2-1", "tool": "data_processor", "action": "load_file"}
+    assert started == {**same, "status": "started", "arguments": {"file": "shop.csv"}}
     assert isinstance(completed.pop("duration_ms"), int)
-    assert completed == {**call, "status": "completed", "result": {"rows": 3}}
-
-
-def test_deltas_joined_are_the_response(shop: Path) -> None:
-    """Who joins the llm_delta texts up to an llm_response has read exactly the response."""
-    _, log = work(MockLLM(), make_tools(shop, shop / "outbox", None))
-
-    text = ""
-    for event, fields in log.events:
-        if event == "llm_delta":
-            text += fields["text"]
-        elif event == "llm_response":
-            assert fields == {"model": "mock-llm-1", "response": text}
-            text = ""
+    assert completed == {**same, "status": "completed", "result": {"rows": 3}}
 
 
 @pytest.mark.parametrize("steps", range(1, MAX_STEPS))
@@ -242,7 +228,7 @@ def test_coalesce_writes_at_most_20_entries_a_second() -> None:
 
 
 def test_result_equals_an_independent_computation(shop: Path) -> None:
-    """Rows, sums by region and the outlier are those of the file."""
+    """Rows, sums by region and the outlier are those of the file, and the summary tells them to people."""
     with (shop / "shop.csv").open() as file:
         rows = list(csv.DictReader(file))
     sums: dict[str, float] = defaultdict(float)
@@ -251,141 +237,171 @@ def test_result_equals_an_independent_computation(shop: Path) -> None:
 
     result, _ = work(MockLLM(), make_tools(shop, shop / "outbox", None))
 
+    _, described, groups, outliers = [finding["result"] for finding in result["findings"]]
     assert result["rows"] == len(rows) == 40
-    assert result["findings"]["describe"]["columns"]["revenue"]["sum"] == sum(sums.values())
-    assert result["findings"]["group_by"]["groups"] == dict(sums)
-    assert "9000" in json.dumps(result["findings"]["find_outliers"])
-
-
-def test_summary_names_the_top_group(shop: Path) -> None:
-    """The summary is a sentence for people with the numbers of the file in it."""
-    result, _ = work(MockLLM(), make_tools(shop, shop / "outbox", None))
-
+    assert described["columns"]["revenue"]["sum"] == sum(sums.values())
+    assert dict(groups["rows"]) == dict(sums)
+    assert outliers["rows"] == [[9000]]
     assert "40 rows" in result["summary"]
     assert "East" in result["summary"]  # n = 20 is East's, and enormous
+    assert result["summary"].endswith("Outliers: 1.")
 
 
 def test_another_file_gives_another_result(shop: Path) -> None:
     """The mock decides by the file's columns: without numbers there is nothing to group or to search."""
     (shop / "names.csv").write_text("name\nAda\nGrace\n")
-    task = Task(id="9", data={"type": "process_data", "payload": {"file": "names.csv"}}, attempt=1)
 
-    result, _ = work(MockLLM(), make_tools(shop, shop / "outbox", None), task)
+    result, _ = work(MockLLM(), make_tools(shop, shop / "outbox", None), task_of("process_data", {"file": "names.csv"}))
 
     assert result["rows"] == 2
-    assert result["findings"].keys() == {"load_file", "describe"}
+    tools = [finding["tool"] for finding in result["findings"]]
+    assert tools == ["data_processor.load_file", "data_processor.describe"]
 
 
-def test_email_task_sends_the_email(shop: Path) -> None:
-    """A send_email task leaves one email in the outbox, under the task's own message id."""
-    result, log = work(MockLLM(), make_tools(shop, shop / "outbox", None), EMAIL_TASK)
-
-    arguments = log.of("tool_usage")[0]["arguments"]
-    assert arguments == {**EMAIL, "message_id": arguments["message_id"]}
-    assert re.fullmatch(r"task-8-[0-9a-f]{8}", arguments["message_id"])
-    assert len(list((shop / "outbox").iterdir())) == 1
-    assert "a@example.org" in result["summary"]
-
-
-def test_retry_does_not_send_twice(shop: Path) -> None:
-    """A second attempt at a send_email task, after the first has sent it, completes without a second email."""
+def test_email_is_sent_once_under_an_id_of_ours(shop: Path) -> None:
+    """A second attempt, after the first has sent the email, completes without a second one."""
     tools = make_tools(shop, shop / "outbox", None)
-    work(MockLLM(), tools, EMAIL_TASK)
 
-    result, _ = work(MockLLM(), tools, Task(id="8", data=EMAIL_TASK.data, attempt=2))
+    for attempt in (1, 2):
+        result, log = work(MockLLM(), tools, task_of("send_email", EMAIL, "8", attempt))
 
-    assert len(list((shop / "outbox").iterdir())) == 1
-    assert "a@example.org" in result["summary"]
+        arguments = log.of("tool_usage")[0]["arguments"]
+        assert re.fullmatch(r"task-8-[0-9a-f]{8}", arguments["message_id"])
+        assert arguments == {**EMAIL, "message_id": arguments["message_id"]}
+        assert len(list((shop / "outbox").iterdir())) == 1
+        assert "a@example.org" in result["summary"]
+
+
+def test_several_tools_in_one_reply_are_used_in_order() -> None:
+    calls = [call("data_processor.load_file", file="a.csv"), call("data_processor.load_file", file="b.csv")]
+
+    result, log = work(ScriptedLLM(["both", *calls], FINISH), fake_tools())
+
+    assert [finding["arguments"]["file"] for finding in result["findings"]] == ["a.csv", "b.csv"]
+    assert [usage["call_id"] for usage in log.of("tool_usage")[::2]] == ["call-1-1", "call-1-2"]
 
 
 # What the LLM is told
 
 
-def test_results_are_fed_into_the_next_prompt() -> None:
-    """The second prompt holds the first call with its result."""
+def test_conversation_is_that_of_llm_apis() -> None:
+    """System, the task as user, then the assistant's call and the tool's result under the LLM's own id."""
     llm = ScriptedLLM(LOAD, FINISH)
 
     work(llm, fake_tools())
 
-    assert '"rows": 3' not in llm.prompts[0]
-    told = {"tool": "data_processor.load_file", "arguments": {"file": "shop.csv"}, "result": {"rows": 3}}
-    assert json.dumps(told) in llm.prompts[1]
+    system, user, assistant, tool = llm.messages[1]
+    function = {"name": "data_processor.load_file", "arguments": '{"file": "shop.csv"}'}
+    tool_call = {"id": "id-data_processor.load_file", "type": "function", "function": function}
+    assert system["role"] == "system"
+    assert (user["role"], json.loads(user["content"])) == ("user", DATA_TASK.data)
+    assert assistant == {"role": "assistant", "content": "look first", "tool_calls": [tool_call]}
+    assert tool == {"role": "tool", "tool_call_id": tool_call["id"], "content": '{"result": {"rows": 3}}'}
 
 
-def test_prompt_lists_the_tools_of_the_task_type_only() -> None:
-    """A data task's prompt shows signatures and descriptions of the data tools, and no email_sender."""
-    llm = ScriptedLLM(LOAD, FINISH)
+@pytest.mark.parametrize(("task", "prefix"), [(DATA_TASK, "data_processor."), (EMAIL_TASK, "email_sender.")])
+def test_only_the_tools_of_the_task_type_are_offered(task: Task, prefix: str) -> None:
+    """No text inside a data file can talk the LLM into sending email."""
+    llm = ScriptedLLM(GIVE_UP)
 
-    work(llm, fake_tools())
+    fail(llm, fake_tools(), task, PermanentFailure)
 
-    assert "- data_processor.load_file(file: str)" in llm.prompts[0]
-    assert "Pretend to load a file." in llm.prompts[0]
-    assert "email_sender" not in llm.prompts[0]
+    *names, last = [tool["function"]["name"] for tool in llm.tools[0]]
+    assert names and all(name.startswith(prefix) for name in names)
+    assert last == "give_up"
 
 
-def test_huge_result_is_truncated_in_event_and_prompt() -> None:
+def test_tool_is_described_by_its_signature() -> None:
+    """Keyword-only parameters are the agent's own: the LLM does not hear of them."""
+    text = {"type": "string"}
+
+    described = schema("email_sender.send", send)
+
+    assert described == {
+        "type": "function",
+        "function": {
+            "name": "email_sender.send",
+            "description": "Pretend to send.",
+            "parameters": {
+                "type": "object",
+                "properties": {"to": text, "subject": text, "body": text},
+                "required": ["to", "subject", "body"],
+                "additionalProperties": False,
+            },
+        },
+    }
+
+
+def test_huge_result_is_cut_in_event_and_message() -> None:
     """A result of 100 kB is cut to 20 kB, and says so."""
-
-    def load_file(file: str) -> dict[str, Any]:
-        return {"rows": 3, "text": "x" * 100_000}
-
     llm = ScriptedLLM(LOAD, FINISH)
 
-    _, log = work(llm, fake_tools(load_file=load_file))
+    _, log = work(llm, fake_tools(load_file=lambda file: {"rows": 3, "text": "x" * 100_000}))
 
-    result = log.of("tool_usage")[1]["result"]
-    assert len(result) < MAX_RESULT_CHARS + 100
-    assert "truncated" in result
-    assert len(llm.prompts[1]) < MAX_RESULT_CHARS + 2_000
+    for text in (log.of("tool_usage")[1]["result"], llm.messages[1][-1]["content"]):
+        assert len(text) < MAX_RESULT_CHARS + 200
+        assert "truncated" in text
+
+
+def test_tool_may_ask_whether_its_task_is_cancelled() -> None:
+    """A tool with a parameter `check` gets one that raises when the task was cancelled; it ends the attempt."""
+
+    class Cancelled(FakeLog):
+        def check(self) -> None:
+            raise TaskCancelled("not wanted")
+
+    def load_file(file: str, *, check: Callable[[], None]) -> dict[str, Any]:
+        check()
+        return {}
+
+    with pytest.raises(TaskCancelled):
+        Agent(ScriptedLLM(LOAD), fake_tools(load_file=load_file))(DATA_TASK, Cancelled())  # type: ignore[arg-type]
 
 
 # What the LLM gets wrong
 
-
-def test_reply_with_prose_around_the_json_is_understood() -> None:
-    """Real LLMs wrap their JSON in politeness and fences; that is no error."""
-    llm = ScriptedLLM(f"Sure!\n```json\n{json.dumps(LOAD)}\n```\nAnything else?", FINISH)
-
-    result, _ = work(llm, fake_tools())
-
-    assert result == {"summary": "3 rows", "rows": 3, "findings": {"load_file": {"rows": 3}}}
-
-
 UNUSABLE = [
-    ("I'd rather not.", "no JSON object"),
-    ('{"thought": "…", "finish": ', "Expecting value"),
-    ({"thought": "hm"}, "exactly one of"),
-    ({**FINISH, **GIVE_UP}, "exactly one of"),
-    ({"thought": "hm", "finish": 5}, "must be text"),
-    ({"thought": "hm", "action": "load"}, "must be an object"),
-    ({"thought": "hm", "action": {"tool": "shell.run", "arguments": {}}}, "no tool shell.run"),
-    ({"thought": "hm", "action": {"tool": "email_sender.send", "arguments": EMAIL}}, "no tool email_sender.send"),
-    ({"thought": "hm", "action": {"tool": "data_processor.load_file", "arguments": {}}}, "'file'"),
-    (
-        {"thought": "hm", "action": {"tool": "data_processor.load_file", "arguments": {"file": "f", "x": 1}}},
-        "'x'",
-    ),
+    ([], "it is empty"),
+    ([" "], "it is empty"),
+    (["hm", call("shell.run")], "no tool shell.run"),
+    (["hm", call("email_sender.send", **EMAIL)], "no tool email_sender.send"),
+    (["hm", call("data_processor.load_file")], "'file'"),
+    (["hm", call("data_processor.load_file", file="f", x=1)], "'x'"),
+    (["hm", call("give_up")], "'reason'"),
+    (["hm", LOAD[2], call("shell.run")], "no tool shell.run"),
     (FINISH, "no tool has succeeded yet"),
 ]
 
 
 @pytest.mark.parametrize(("reply", "why"), UNUSABLE)
-def test_unusable_reply_is_asked_for_once_more(reply: Any, why: str) -> None:
-    """The LLM is told what was wrong with its reply, and may do better; the task goes on."""
+def test_unusable_reply_is_asked_for_once_more(reply: list[Any], why: str) -> None:
+    """The LLM is told what was wrong with its reply and may do better. Nothing of that reply is done."""
     llm = ScriptedLLM(reply, LOAD, FINISH)
 
-    result, _ = work(llm, fake_tools())
+    result, log = work(llm, fake_tools())
 
     assert result["summary"] == "3 rows"
-    assert "CORRECTION" not in llm.prompts[0] + llm.prompts[2]
-    assert why in llm.prompts[1].partition("CORRECTION")[2]
+    assert why in llm.messages[1][-1]["content"]
+    calls = [piece for piece in reply if isinstance(piece, ToolCall)]
+    told = [message["role"] for message in llm.messages[1][3:]]
+    assert told == (["tool"] * len(calls) or ["user"])
+    assert len(log.of("tool_usage")) == 2
+
+
+@pytest.mark.parametrize("argument", ["message_id", "check"])
+def test_llm_cannot_fill_in_what_is_the_agents_own(argument: str) -> None:
+    wrong = ["hm", call("email_sender.send", **EMAIL, **{argument: "mine"})]
+
+    message, _ = fail(ScriptedLLM(wrong), fake_tools(), EMAIL_TASK, LLMError)
+
+    assert argument in message
 
 
 def test_reply_unusable_twice_is_an_llm_error() -> None:
     """After two unusable replies in a row the attempt fails with LLMError, which is retried, and no tool has run."""
-    message, log = fail(ScriptedLLM("Hm.", "Hm."), fake_tools(), DATA_TASK, LLMError)
+    message, log = fail(ScriptedLLM(["Hm."]), fake_tools(), DATA_TASK, LLMError)
 
-    assert message == "the LLM's reply was unusable twice: it holds no JSON object"
+    assert message.startswith("the LLM's reply was unusable twice: no tool has succeeded yet")
     assert len(log.of("llm_response")) == 2
     assert not log.of("tool_usage")
 
@@ -397,15 +413,14 @@ def test_steps_are_bounded() -> None:
     message, _ = fail(llm, fake_tools(), DATA_TASK, PermanentFailure)
 
     assert str(MAX_STEPS) in message
-    assert len(llm.prompts) == MAX_STEPS
+    assert len(llm.messages) == MAX_STEPS
 
 
-def test_huge_reply_is_cut_in_the_stream_only() -> None:
-    """A reply of 100 kB does not fill the stream; the agent itself reads all of it."""
-    _, log = work(ScriptedLLM(LOAD, {"finish": "3 rows", "thought": "x" * 100_000}), fake_tools())
+def test_huge_reply_is_cut_in_the_stream() -> None:
+    _, log = work(ScriptedLLM(LOAD, ["x" * 100_000]), fake_tools())
 
-    assert len(log.of("llm_response")[1]["response"]) < MAX_RESULT_CHARS + 100
-    assert len(log.of("llm_delta")[1]["text"]) < MAX_RESULT_CHARS + 100
+    for text in (log.of("llm_response")[1]["response"], log.of("llm_delta")[1]["text"]):
+        assert len(text) < MAX_RESULT_CHARS + 100
 
 
 def test_llm_failure_passes_through() -> None:
@@ -419,21 +434,21 @@ def test_llm_failure_passes_through() -> None:
 
 
 def test_wrong_input_is_told_to_the_llm() -> None:
-    """A ToolError becomes tool_usage failed and a line in the next prompt; the LLM may find another way."""
+    """A ToolError becomes tool_usage failed and the tool's message; the LLM may find another way, or give up."""
     llm = ScriptedLLM(LOAD, GIVE_UP)
 
     message, log = fail(llm, fake_tools(load_file=failing(ToolError("no shop.csv"))), DATA_TASK, PermanentFailure)
 
     failed = log.of("tool_usage")[1]
     assert (failed["status"], failed["result"], failed["call_id"]) == ("failed", "no shop.csv", "call-1-1")
-    assert '"error": "no shop.csv"' in llm.prompts[1]
+    assert llm.messages[1][-1]["content"] == '{"error": "no shop.csv"}'
     assert message == "no such file"
     assert log.of("chain_of_thought")[-1] == {"step": "giving_up", "thought": "no way on"}
 
 
-def test_missing_file_fails_for_good_with_the_tool_s_message(shop: Path) -> None:
+def test_missing_file_fails_for_good_with_the_tools_message(shop: Path) -> None:
     """With the mock and the real tools, a file that is not there is a PermanentFailure that names it."""
-    task = Task(id="9", data={"type": "process_data", "payload": {"file": "gone.csv"}}, attempt=1)
+    task = task_of("process_data", {"file": "gone.csv"})
 
     message, log = fail(MockLLM(), make_tools(shop, shop / "outbox", None), task, PermanentFailure)
 
@@ -448,7 +463,7 @@ def test_unavailable_tool_is_raised_after_its_failed_entry() -> None:
     message, log = fail(ScriptedLLM(LOAD), tools, DATA_TASK, ToolUnavailable)
 
     assert message == "the mail server is away"
-    assert [call["status"] for call in log.of("tool_usage")] == ["started", "failed"]
+    assert [usage["status"] for usage in log.of("tool_usage")] == ["started", "failed"]
 
 
 @pytest.mark.parametrize(
@@ -474,7 +489,7 @@ def test_task_that_is_no_task_fails_for_good_in_one_line(data: Any, why: str) ->
 
     assert why in message
     assert "\n" not in message
-    assert not llm.prompts and not log.events
+    assert not llm.messages and not log.events
 
 
 # The command line

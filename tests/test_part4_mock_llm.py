@@ -1,4 +1,4 @@
-"""Part 4: the stubbed LLM is deterministic, streams what it completes, and decides by what is in the prompt."""
+"""Part 4: the stubbed LLM is deterministic, streams words and then a tool call, and decides by the conversation."""
 
 import json
 import subprocess
@@ -8,27 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mock_llm
-from mock_llm import LLMError, MockLLM
+from mock_llm import LLMError, MockLLM, ToolCall
 
 FILE = {"type": "process_data", "payload": {"file": "shop.csv"}}
 EMAIL: dict[str, Any] = {
     "type": "send_email",
     "payload": {"to": "a@example.org", "subject": "Hi", "body": "Hello.\nBye."},
 }
+LOADED = {"load_file": {"result": {"rows": 5}}}
 
 
-def prompt(task: dict[str, Any], *results: dict[str, Any]) -> str:
-    lines = [json.dumps(result, ensure_ascii=False) for result in results] or ["(none yet)"]
-    head = ["Do the task.", "", "TASK", json.dumps(task, ensure_ascii=False), ""]
-    return "\n".join([*head, "TOOLS", "- data_processor.load_file(file): Load it.", "", "RESULTS", *lines])
+def conversation(task: Any, **results: Any) -> list[dict[str, Any]]:
+    """The messages about a task, with the results of the steps so far: load_file={"result": …}."""
+    told = [{"role": "tool", "tool_call_id": step, "content": json.dumps(result)} for step, result in results.items()]
+    return [{"role": "system", "content": "Do it."}, {"role": "user", "content": json.dumps(task)}, *told]
 
 
-def done(tool: str, result: Any) -> dict[str, Any]:
-    return {"tool": f"data_processor.{tool}", "arguments": {}, "result": result}
+def decide(task: Any, **results: Any) -> tuple[str, ToolCall | None]:
+    """The mock's words, and the tool that it wants to use."""
+    *words, last = MockLLM().chat(conversation(task, **results), [])
+    if isinstance(last, ToolCall):
+        return "".join(map(str, words)), last
+    return "".join(map(str, [*words, last])), None
+
+
+def next_call(task: Any, **results: Any) -> tuple[str, dict[str, Any]]:
+    _, call = decide(task, **results)
+    assert call is not None
+    return call.name, call.arguments
 
 
 def number(**more: Any) -> dict[str, Any]:
@@ -40,36 +49,29 @@ def text(distinct: int) -> dict[str, Any]:
     return {"type": "text", "count": 40, "distinct": distinct}
 
 
-def described(**columns: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return done("load_file", {"rows": 5}), done("describe", {"rows": 5, "columns": columns})
+def described(**columns: dict[str, Any]) -> dict[str, Any]:
+    return {**LOADED, "describe": {"result": {"rows": 5, "columns": columns}}}
 
 
-def decide(task: dict[str, Any], *results: dict[str, Any]) -> dict[str, Any]:
-    decision: dict[str, Any] = json.loads(MockLLM().complete(prompt(task, *results)))
-    return decision
+# How it speaks
 
 
-@given(st.text())
-def test_stream_joined_equals_complete(question: str) -> None:
-    """The words of stream(), joined, are exactly the text of complete()."""
-    llm = MockLLM()
+def test_words_come_one_at_a_time_before_the_call() -> None:
+    *words, call = MockLLM().chat(conversation(FILE), [])
 
-    words = list(llm.stream(question))
-
-    assert "".join(words) == llm.complete(question)
-    assert len(words) > 1
+    assert len(words) > 3
+    assert all(isinstance(word, str) and len(word.split()) == 1 for word in words)
+    assert isinstance(call, ToolCall)
 
 
-def test_stream_gives_one_word_at_a_time() -> None:
-    """A stream's item is one word with the space after it, so that a watcher sees words arrive."""
-    words = list(MockLLM().stream(prompt(FILE)))
-
-    assert all(len(word.split()) == 1 for word in words)
-
-
-def test_complete_is_the_same_in_another_process() -> None:
-    """The same prompt gives the same words even where Python's hash() differs."""
-    code = "from mock_llm import MockLLM; print([MockLLM().complete(str(n)) for n in range(9)])"
+def test_reply_is_the_same_in_another_process() -> None:
+    """The same messages give the same words even if Python's hash() differs."""
+    code = (
+        "from mock_llm import MockLLM\n"
+        "for n in range(9):\n"
+        '    task = \'{"type": "process_data", "payload": {"file": "%s"}}\' % n\n'
+        "    print(*MockLLM().chat([{'role': 'user', 'content': task}], []))"
+    )
     project = Path(mock_llm.__file__).parent
 
     outputs = {
@@ -85,7 +87,7 @@ def test_complete_is_the_same_in_another_process() -> None:
     }
 
     assert len(outputs) == 1
-    assert "mock" in outputs.pop()
+    assert "load_file" in outputs.pop()
 
 
 def test_delay_is_spread_over_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,9 +95,9 @@ def test_delay_is_spread_over_the_words(monkeypatch: pytest.MonkeyPatch) -> None
     naps: list[float] = []
     monkeypatch.setattr(time, "sleep", naps.append)
 
-    words = list(MockLLM(delay_seconds=3).stream(prompt(FILE)))
+    pieces = list(MockLLM(delay_seconds=3).chat(conversation(FILE), []))
 
-    assert len(naps) == len(words)
+    assert len(naps) == len(pieces) - 1
     assert sum(naps) == pytest.approx(3)
 
 
@@ -103,7 +105,7 @@ def failures(llm: MockLLM, calls: int) -> list[bool]:
     failed = []
     for _ in range(calls):
         try:
-            llm.complete("Hello")
+            list(llm.chat(conversation(FILE), []))
             failed.append(False)
         except LLMError:
             failed.append(True)
@@ -125,106 +127,99 @@ def test_fail_rate_is_deterministic_in_seed_and_call_number() -> None:
     assert first != failures(MockLLM(fail_rate=0.5, seed=2), 100)
 
 
-def test_data_task_begins_with_loading_the_file() -> None:
-    """With no results yet, the first action on a data task is to load the payload's file."""
-    decision = decide(FILE)
+@pytest.mark.parametrize(
+    "asked", ["Hello", "{}", '{"type": "dance", "payload": {}}', '{"type": "process_data"}', "[1]"]
+)
+def test_other_messages_get_a_sentence(asked: str) -> None:
+    """The mock has no rules for a task that it doesn't know, and says so."""
+    pieces = list(MockLLM().chat([{"role": "user", "content": asked}], []))
 
-    assert decision["action"] == {"tool": "data_processor.load_file", "arguments": {"file": "shop.csv"}}
-    assert "shop.csv" in decision["thought"]
-
-
-def test_loaded_file_is_described() -> None:
-    """After load_file the mock asks for the columns."""
-    assert decide(FILE, done("load_file", {"rows": 5}))["action"]["tool"] == "data_processor.describe"
+    assert "only a mock" in "".join(map(str, pieces))
 
 
-def test_group_by_takes_first_category_and_the_column_like_money() -> None:
-    """group_by is chosen from describe's columns: first text column with few values, by the revenue-like number."""
-    columns = {"order": text(900), "shop": text(3), "kind": text(2), "revenue_eur": number(), "weight": number()}
-
-    action = decide(FILE, *described(**columns))["action"]
-
-    assert action["tool"] == "data_processor.group_by"
-    assert action["arguments"] == {"file": "shop.csv", "by": "shop", "value": "revenue_eur", "how": "sum"}
+# What it decides
 
 
-def test_group_by_takes_last_number_when_none_is_like_money() -> None:
-    """Without a revenue-like name the last number column is used, and its mean: nobody knows whether it adds up."""
-    columns = {"shop": text(3), "height": number(), "weight": number()}
+def test_data_task_begins_with_loading_and_describing_the_file() -> None:
+    words, call = decide(FILE)
 
-    arguments = decide(FILE, *described(**columns))["action"]["arguments"]
-
-    assert (arguments["value"], arguments["how"]) == ("weight", "mean")
-
-
-def test_file_without_category_goes_straight_to_outliers() -> None:
-    """If no text column has few values, the mock skips group_by."""
-    columns = {"name": text(900), "only": text(1), "weight": number()}
-
-    action = decide(FILE, *described(**columns))["action"]
-
-    assert action == {
-        "tool": "data_processor.find_outliers",
-        "arguments": {"file": "shop.csv", "column": "weight"},
-    }
+    assert call is not None and (call.name, call.arguments) == ("data_processor.load_file", {"file": "shop.csv"})
+    assert "shop.csv" in words
+    assert next_call(FILE, **LOADED) == ("data_processor.describe", {"file": "shop.csv"})
 
 
-def test_file_without_numbers_is_finished_after_describe() -> None:
-    """Text alone is neither summed nor searched for outliers: the mock finishes."""
-    decision = decide(FILE, *described(shop=text(3)))
-
-    assert "5 rows" in decision["finish"]
-
-
-@pytest.mark.parametrize("tool", ["load_file", "describe"])
-def test_error_that_leaves_no_way_on_gives_up_with_its_message(tool: str) -> None:
-    """When the file cannot be read the mock gives up with the tool's own words."""
-    broken = {"tool": f"data_processor.{tool}", "arguments": {}, "error": "no file shop.csv"}
-    before = [] if tool == "load_file" else [done("load_file", {"rows": 5})]
-
-    assert decide(FILE, *before, broken)["give_up"] == "no file shop.csv"
-
-
-def test_error_in_a_side_step_is_stepped_over() -> None:
-    """A failed group_by is not repeated, and does not keep the mock from the rest."""
-    broken = {"tool": "data_processor.group_by", "arguments": {}, "error": "too many groups"}
-
-    decision = decide(FILE, *described(shop=text(3), weight=number()), broken)
-
-    assert decision["action"]["tool"] == "data_processor.find_outliers"
-
-
-def test_truncated_description_still_ends_in_a_summary() -> None:
-    """A describe result that came as cut text (too long) is not an object: the mock finishes with what it has."""
-    decision = decide(FILE, done("load_file", {"rows": 5}), done("describe", '{"columns": {"a … (truncated'))
-
-    assert "5 rows" in decision["finish"]
+@pytest.mark.parametrize(
+    ("columns", "sql"),
+    [
+        (
+            {"order": text(900), "shop": text(3), "kind": text(2), "revenue_eur": number(), "weight": number()},
+            'SELECT "shop", sum("revenue_eur") AS sum FROM data GROUP BY 1 ORDER BY 2 DESC NULLS LAST',
+        ),
+        (
+            {"shop": text(3), "height": number(), 'we"ight': number()},
+            'SELECT "shop", mean("we""ight") AS mean FROM data GROUP BY 1 ORDER BY 2 DESC NULLS LAST',
+        ),
+        (
+            {"name": text(900), "only": text(1), "kg": number()},
+            'SELECT "kg" FROM data WHERE abs("kg" - (SELECT avg("kg") FROM data)) > 3 * (SELECT stddev("kg") FROM data)'
+            " ORDER BY 1 DESC",
+        ),
+    ],
+    ids=["money of the first category", "mean of the last number", "no category"],
+)
+def test_sql_is_written_for_the_columns(columns: dict[str, Any], sql: str) -> None:
+    """It groups money by the first category; without money the mean of the last number; else it looks for outliers."""
+    assert next_call(FILE, **described(**columns)) == ("data_processor.query", {"file": "shop.csv", "sql": sql})
 
 
-def test_summary_leaves_out_what_the_results_lack() -> None:
-    """A file without rows has no sums, no groups and no outliers; the summary still is a sentence."""
-    empty = done("load_file", {"rows": 0}), done("describe", {"columns": {"n": {"type": "number", "sum": None}}})
+@pytest.mark.parametrize("groups", [{"result": {"columns": [], "rows": []}}, {"error": "too much memory"}])
+def test_groups_are_followed_by_outliers(groups: dict[str, Any]) -> None:
+    """A query that failed isn't repeated, and doesn't keep the mock from the rest."""
+    results = described(shop=text(3), weight=number())
 
-    assert decide(FILE, *empty, done("find_outliers", {}))["finish"] == "shop.csv: 0 rows."
+    assert "stddev" in next_call(FILE, **results, groups=groups)[1]["sql"]
 
 
-def summary(name: str, column: dict[str, Any], how: str, **groups: float | None) -> str:
-    grouped = done("group_by", {"by": "shop", "how": how, "groups": groups})
-    columns = {"shop": text(3), name: column}
-    return str(decide(FILE, *described(**columns), grouped, done("find_outliers", {"count": 2}))["finish"])
+@pytest.mark.parametrize("step", ["load_file", "describe"])
+def test_error_that_leaves_no_way_on_gives_up_with_its_message(step: str) -> None:
+    """If the file cannot be read, the mock gives up with the tool's own words."""
+    before = {} if step == "load_file" else LOADED
+
+    assert next_call(FILE, **before, **{step: {"error": "no file"}}) == ("give_up", {"reason": "no file"})
+
+
+def test_email_is_sent_as_the_payload_says_then_finished() -> None:
+    """The mock sends the email once, unchanged, and finishes when the tool reports success."""
+    assert next_call(EMAIL) == ("email_sender.send", EMAIL["payload"])
+    assert decide(EMAIL, send={"result": {}}) == ("Sent 'Hi' to a@example.org.", None)
+
+
+def test_refused_email_gives_up() -> None:
+    assert next_call(EMAIL, send={"error": "not an address"}) == ("give_up", {"reason": "not an address"})
+
+
+# How it sums up
+
+
+def summary(name: str, column: dict[str, Any], *groups: list[Any], how: str = "sum") -> str:
+    grouped = {"result": {"columns": ["shop", how], "rows": list(groups)}}
+    outliers = {"result": {"columns": [name], "rows": [[1], [2]]}}
+    words, call = decide(FILE, **described(**{"shop": text(3), name: column}), groups=grouped, outliers=outliers)
+    assert call is None
+    return words
 
 
 def test_summary_names_the_share_of_the_largest_group() -> None:
     """A total of money is shared among the groups: the largest has so many per cent of it, be it most or not."""
-    assert summary("revenue", number(), "sum", north=5.5, south=4, west=3) == (
+    assert summary("revenue", number(), ["north", 5.5], ["south", 4], ["west", 3]) == (
         "shop.csv: 5 rows; revenue: mean 2.50, min 1, max 5, total 12.50."
         " Largest share by shop: north, 44 %. Outliers: 2."
     )
 
 
-def test_summary_gives_no_share_where_numbers_are_below_zero() -> None:
+def test_summary_gives_no_share_if_numbers_are_below_zero() -> None:
     """With returned goods in it, a group may have more than the whole: then there is no share to speak of."""
-    told = summary("revenue", number(min=-50, sum=10), "sum", north=60, south=-50)
+    told = summary("revenue", number(min=-50, sum=10), ["north", 60], ["south", -50])
 
     assert "Highest sum by shop: north (60)" in told
     assert "%" not in told
@@ -233,25 +228,42 @@ def test_summary_gives_no_share_where_numbers_are_below_zero() -> None:
 @pytest.mark.parametrize("name", ["mean_c", "unit_price", "weight", "sales_growth"])
 def test_summary_adds_up_nothing_that_may_not_be_added(name: str) -> None:
     """Of temperatures, prices and all that is unknown it tells mean, min and max, never a total or a share."""
-    told = summary(name, number(), "mean", north=None, south=-4, west=-3.25)
+    told = summary(name, number(), ["west", -3.25], ["south", -4], ["north", None], how="mean")
 
-    assert (
-        told == f"shop.csv: 5 rows; {name}: mean 2.50, min 1, max 5. Highest mean by shop: west (-3.25). Outliers: 2."
-    )
+    start = f"shop.csv: 5 rows; {name}: mean 2.50, min 1, max 5."
+    assert told == f"{start} Highest mean by shop: west (-3.25). Outliers: 2."
 
 
 def test_summary_tells_how_many_rows_have_a_value() -> None:
-    """A mean of fewer rows than the file has is said to be so."""
-    assert "(4 of 5 rows have a value)" in summary("revenue", number(count=4, missing=1), "sum", north=1)
+    """A mean of fewer rows than the file has is said to be so; a group may have no name."""
+    told = summary("revenue", number(count=4, missing=1), [None, 12.5])
+
+    assert "(4 of 5 rows have a value)" in told
+    assert "(missing), 100 %" in told
 
 
-def test_summary_of_a_text_counts_lines_and_words() -> None:
-    """A text has no rows worth telling."""
-    text_file = {"lines": 16, "words": 1272, "characters": 9000, "most_common": {"that": 13}, "columns": {}}
-
-    assert decide(FILE, done("load_file", {"rows": 16}), done("describe", text_file))["finish"] == (
-        "shop.csv: 16 lines, 1,272 words."
-    )
+@pytest.mark.parametrize(
+    ("results", "told"),
+    [
+        (described(shop=text(3)), "shop.csv: 5 rows."),
+        ({**LOADED, "describe": {"result": '{"columns": {"a … (truncated'}}, "shop.csv: 5 rows."),
+        ({**described(n={"type": "number", "sum": None}), "outliers": {"error": "no"}}, "shop.csv: 5 rows."),
+        (
+            {**LOADED, "describe": {"result": {"lines": 16, "words": 1272, "characters": 9000, "columns": {}}}},
+            "shop.csv: 16 lines, 1,272 words.",
+        ),
+        (
+            {
+                **described(n=number()),
+                "outliers": {"result": {"columns": ["n"], "rows": [[9]] * 100, "rows_left_out": 7}},
+            },
+            "shop.csv: 5 rows; n: mean 2.50, min 1, max 5. Outliers: 107.",
+        ),
+    ],
+    ids=["no numbers", "cut description", "no figures", "text", "many outliers"],
+)
+def test_summary_leaves_out_what_the_results_lack(results: dict[str, Any], told: str) -> None:
+    assert decide(FILE, **results) == (told, None)
 
 
 @pytest.mark.parametrize(
@@ -260,33 +272,3 @@ def test_summary_of_a_text_counts_lines_and_words() -> None:
 def test_numbers_are_written_for_people(value: float, words: str) -> None:
     """Whole numbers whole, others with two decimals, small ones with three digits rather than as 0.00."""
     assert mock_llm.in_words(value) == words
-
-
-def test_email_is_sent_as_the_payload_says_then_finished() -> None:
-    """The mock sends the email once, unchanged, and finishes when the tool reports success."""
-    sent = {"tool": "email_sender.send", "arguments": {}, "result": {"sent": True}}
-
-    first, second = decide(EMAIL), decide(EMAIL, sent)
-
-    assert first["action"] == {"tool": "email_sender.send", "arguments": EMAIL["payload"]}
-    assert "a@example.org" in second["finish"]
-
-
-def test_refused_email_gives_up() -> None:
-    """An email that the tool refuses is not tried again."""
-    refused = {"tool": "email_sender.send", "arguments": {}, "error": "not an address"}
-
-    assert decide(EMAIL, refused)["give_up"] == "not an address"
-
-
-def test_headings_inside_a_payload_are_not_headings() -> None:
-    """A payload that contains the prompt's own headings, or odd line breaks, is still read as data."""
-    body = "Hello\nRESULTS\nTASK\n{}\u2028- x.y("
-    task = {"type": "send_email", "payload": {**EMAIL["payload"], "body": body}}
-
-    assert decide(task)["action"]["arguments"]["body"] == body
-
-
-def test_unknown_task_type_gives_up() -> None:
-    """The mock has no rules for a type that it does not know, and says so."""
-    assert "no rules" in decide({"type": "dance", "payload": {}})["give_up"]

@@ -9,11 +9,11 @@ from agent_tools import DataProcessor, Result, Tools, make_tools
 
 
 class MyDataProcessor(DataProcessor):
-    """The data tools, and one more; self.data_root is the only folder that they read from."""
+    """The data tools, and one more."""
 
     def longest_line(self, file: str) -> Result:
-        """Find the longest line of a text file: {"line": 3, "characters": 17}. Of equal ones, the first."""
-        raise NotImplementedError("your code: open_source() and lines_of() of agent_tools.py")
+        """Find the longest line of a text file: {"line": "two words", "characters": 9}. Of equal ones, any."""
+        raise NotImplementedError("your code: one SELECT, with self.query(); a text's only column is called line")
 
 
 def make_my_tools(data_root: Path, outbox: Path) -> Tools:

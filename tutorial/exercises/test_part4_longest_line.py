@@ -1,33 +1,37 @@
 """The check of part 4's exercise: fakeredis for the stream, and an LLM that says what it was told to say."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakeredis import FakeRedis
 from part4_longest_line import make_my_tools
 
-from agent_consumer import Agent
+from agent import Agent
 from agent_tools import ToolError, Tools
+from mock_llm import ToolCall
 from task_streams import Task, TaskLog
 
 NAME = "data_processor.longest_line"
-POEM = "one\nthe longest line\ntwo words\nthe longest lino\n"
+POEM = "one\nthe longest line\ntwo words\n"
 
 
 class ToldLLM:
-    """Ask for the tool, then finish; keep the prompts."""
+    """Ask for the tool, then finish; keep the tools that were offered."""
 
     model = "told"
 
     def __init__(self) -> None:
-        self.prompts: list[str] = []
+        self.offered: list[dict[str, Any]] = []
 
-    def stream(self, prompt: str) -> Iterator[str]:
-        self.prompts.append(prompt)
-        ask = {"thought": "How long are its lines?", "action": {"tool": NAME, "arguments": {"file": "poem.txt"}}}
-        yield json.dumps(ask if len(self.prompts) == 1 else {"thought": "That is it.", "finish": "done"})
+    def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Iterator[str | ToolCall]:
+        self.offered = [tool["function"] for tool in tools]
+        if messages[-1]["role"] == "user":
+            yield "How long are its lines?"
+            yield ToolCall("first", NAME, {"file": "poem.txt"})
+        else:
+            yield "That is it."
 
 
 @pytest.fixture
@@ -37,8 +41,8 @@ def tools(tmp_path: Path) -> Tools:
 
 
 def test_the_longest_line_is_found(tools: Tools) -> None:
-    """The number of the line counts from 1; its end is not one of its characters."""
-    assert tools[NAME](file="poem.txt") == {"line": 2, "characters": 16}
+    """The line's end is not one of its characters."""
+    assert tools[NAME](file="poem.txt") == {"line": "the longest line", "characters": 16}
 
 
 def test_a_file_outside_is_refused(tools: Tools) -> None:
@@ -53,6 +57,8 @@ def test_the_agent_uses_it(tools: Tools) -> None:
 
     Agent(llm, tools)(Task("poem", {"type": "process_data", "payload": {"file": "poem.txt"}}), log)
 
-    assert f"- {NAME}(file: str) -> dict[str, typing.Any]: Find the longest line" in llm.prompts[0]
+    (told,) = [tool for tool in llm.offered if tool["name"] == NAME]
+    assert told["description"].startswith("Find the longest line")
+    assert told["parameters"]["required"] == ["file"]
     results = [event.fields["result"] for event in log.read() if event.fields.get("status") == "completed"]
-    assert results == [{"line": 2, "characters": 16}]
+    assert results == [{"line": "the longest line", "characters": 16}]

@@ -1,0 +1,35 @@
+'''The agent's real tools: look at data files, send email. No Redis, no LLM: you can use and test them alone.
+
+A tool is a method that takes JSON values and returns a small JSON object. It raises ToolError for wrong input (the same
+call will fail again) and ToolUnavailable for trouble that may pass (the task is retried). To add one, write a method:
+
+    class MyDataProcessor(DataProcessor):
+        def count_lines(self, file: str) -> Result:
+            """Count the lines of a text file."""
+            return {"lines": self.query(file, "SELECT count(*) FROM data")["rows"][0][0]}
+
+and name it:  tools = make_tools(…) | {"data_processor.count_lines": MyDataProcessor(data_root).count_lines}
+
+The LLM is told the name, the first line of the docstring and the parameters. Keyword-only parameters are the agent's
+own: `message_id`, and `check`, which raises when the task is cancelled. A real LLM then uses the tool by itself; the
+mock one needs a rule in mock_llm.py.
+'''
+
+from pathlib import Path
+
+from .base import Result, ToolError, Tools, ToolUnavailable
+from .data import DataProcessor
+from .email import EmailSender
+
+__all__ = ["DataProcessor", "EmailSender", "Result", "ToolError", "ToolUnavailable", "Tools", "make_tools"]
+
+
+def make_tools(data_root: Path, outbox: Path, smtp_url: str | None) -> Tools:
+    """Return the tools by the names that the LLM uses."""
+    data, email = DataProcessor(data_root), EmailSender(outbox, smtp_url)
+    return {
+        "data_processor.load_file": data.load_file,
+        "data_processor.describe": data.describe,
+        "data_processor.query": data.query,
+        "email_sender.send": email.send,
+    }
