@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -24,12 +25,45 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and scripts inherit that
 os.environ["REDIS_URL"] = "redis://127.0.0.1:1"  # a test that forgets to name its server reaches none
+# Some images forbid Python to keep what it has compiled: then each script that a test starts would compile it again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(ROOT / "tests")  # of no use here, and httpx reads them for each client: 25 ms
+
+
+DEADLINE_SECONDS = 60.0  # no test measures time: this only ends one that hangs, on a machine ten times slower, too
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Run four tests at a time at least: they wait more than they compute."""
     return max(4, os.cpu_count() or 1)
+
+
+# Tests that share a server, a browser or ports run one after the other, in one process: the file, or a part of the
+# test's id -> the group. subtle: not by pytest-xdist's mark xdist_group, which pytest 9.2 leaves without effect.
+GROUPS = {
+    "tests/dashboard/test_api.py": "dashboard_api",
+    "tests/dashboard/test_browser.py": "browser",
+    "tests/dashboard/test_openapi.py": "dashboard_openapi",
+    "tests/dashboard/test_security.py": "dashboard_security",
+    "tests/test_ag_ui.py": "ag_ui",
+    "tests/test_topologies.py": "ports of make cluster",
+    "tests/tutorial/test_tutorial_pages.py::test_page_prints_what_it_shows[part8]": "ports of make cluster",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the tests of a group to one process, and all others to whichever is free."""
+    from xdist.scheduler import LoadScopeScheduling  # this hook is called by it
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return GROUPS.get(nodeid) or GROUPS.get(nodeid.partition("::")[0]) or nodeid
+
+    return Scheduling(config, log)
 
 
 def lacking(what: str) -> None:
@@ -39,12 +73,12 @@ def lacking(what: str) -> None:
     pytest.skip(f"needs {what}")
 
 
-def wait_until(predicate: Callable[[], object], what: str, seconds: float = 30.0) -> None:
+def wait_until(predicate: Callable[[], object], what: str, seconds: float = DEADLINE_SECONDS) -> None:
     """Return as soon as the predicate holds; fail, naming what was waited for, after some seconds."""
     deadline = time.monotonic() + seconds
     while not predicate():
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds:g} s in vain: {what}")
+            pytest.fail(f"not within {seconds:g} s: {what}")
         time.sleep(0.02)
 
 
@@ -108,7 +142,7 @@ class Server:
         if self.process.poll() is None:
             os.kill(self.process.pid, signal.SIGCONT)
             os.kill(self.process.pid, number)
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=DEADLINE_SECONDS)
 
 
 def _binary(engine: str) -> Path | str:
@@ -120,9 +154,13 @@ def _binary(engine: str) -> Path | str:
     return str(found)
 
 
-@pytest.fixture(params=["valkey", "redis"])
+BOTH_ENGINES = ["valkey", "redis"]
+ENGINES = ["valkey", pytest.param("redis", marks=pytest.mark.chaos)]  # `make test` needs the first one only
+
+
+@pytest.fixture(params=ENGINES)
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    """A fresh server per test, once the embedded Valkey, once redis-server: to break."""
+    """A fresh server per test, to break: the embedded Valkey, and with `make chaos` redis-server, too."""
     server = Server(_binary(request.param), tmp_path)
     yield server
     server.stop(signal.SIGKILL)
@@ -162,7 +200,7 @@ def script(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         if process.poll() is None:
             process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=DEADLINE_SECONDS)
 
 
 class Proxy:

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from speed import MEASURES
+
+LONG = pytest.mark.chaos  # for `make chaos`: they take up to a minute each
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -17,7 +20,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 def test_messaging_benchmark_compares_each_operation(script: Start) -> None:
     """It needs no server of anybody's, and gives the ratios of all rounds."""
     process = script("", "benchmarks/messaging.py", "--rounds", "3", "--calls", "20", "--json")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
 
     results = json.loads(out)
 
@@ -27,10 +30,11 @@ def test_messaging_benchmark_compares_each_operation(script: Start) -> None:
         assert 0 < result["least"] <= result["median"] <= result["greatest"]
 
 
+@LONG
 def test_speed_benchmark_takes_each_measure(script: Start) -> None:
     """A hundredth of the work, once: each measure has two sides and a ratio, or says that it is not possible here."""
     process = script("", "benchmarks/speed.py", "--quick", "--rounds", "1", "--json")
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
 
     results = json.loads(out)["results"]
 
@@ -41,10 +45,11 @@ def test_speed_benchmark_takes_each_measure(script: Start) -> None:
         assert min(result["bare"], result["ours"], *result["ratios"]) > 0
 
 
+@LONG
 def test_watchers_benchmark_compares_the_hub_with_a_connection_each(script: Start) -> None:
     """Each watcher gets every event on both sides; the hub's watchers share a few connections to Redis."""
     process = script("", "benchmarks/watchers.py", "--watchers", "120", "--tasks", "4", "--seconds", "0.5", "--json")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
 
     results = json.loads(out)
 
@@ -55,10 +60,11 @@ def test_watchers_benchmark_compares_the_hub_with_a_connection_each(script: Star
     assert set(results["ratios"]) <= set(results["hub"])
 
 
+@LONG
 def test_soak_says_whether_memory_grows(script: Start) -> None:
     """Every task ends, watchers come and go, and the exit code says what the figures say."""
     process = script("", "benchmarks/soak.py", "--seconds", "6", "--watchers", "10", "--json")
-    out, progress = process.communicate(timeout=60)
+    out, progress = process.communicate(timeout=300)
 
     results = json.loads(out)
 
@@ -70,10 +76,11 @@ def test_soak_says_whether_memory_grows(script: Start) -> None:
     assert process.returncode == (0 if results["is_flat"] else 1)
 
 
+@LONG
 def test_memory_benchmark_takes_apart_what_a_finished_task_takes(script: Start) -> None:
     """A smaller node makes a finished task smaller, the parts are within the whole, and a lost task is found."""
     process = script("", "benchmarks/memory.py", "--waiting", "400", "--finished", "20,60", "--json")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
 
     results = json.loads(out)
     default, embedded = results["finished"]["4096"], results["finished"]["1024"]
@@ -86,12 +93,13 @@ def test_memory_benchmark_takes_apart_what_a_finished_task_takes(script: Start) 
     assert results["waiting"]["recover calls"] >= 1 and results["waiting"]["drain"] > 0
 
 
+@LONG
 def test_peers_benchmark_runs_this_queue_beside_a_bare_loop(script: Start) -> None:
     """Every task is done on each side that is installed, and what is not installed is said to be so."""
     process = script(
         "", "benchmarks/peers.py", "--rounds", "1", "--tasks", "50", "--only", "ours", "--no-kill", "--json"
     )
-    out, progress = process.communicate(timeout=60)
+    out, progress = process.communicate(timeout=300)
 
     results = json.loads(out)
 

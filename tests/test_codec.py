@@ -1,7 +1,7 @@
 """The field codec: decode(encode(x)) == x for every JSON value, readable for a person where x is plain text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ailf.messaging.redis import decode, encode
@@ -14,6 +14,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(json_values)
 def test_round_trip_of_any_json_value(value: object) -> None:
     """Every JSON value comes back equal and of the same type; what cannot (a split surrogate pair) is a ValueError."""

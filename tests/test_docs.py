@@ -105,6 +105,6 @@ def test_guide_prints_what_it_says(valkey: Server, script: Start, section: str) 
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in expected.splitlines()]
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
         assert "".join(lines) == expected
         assert (process.returncode, err) == (0, "")

@@ -17,7 +17,6 @@ from task_streams import TaskLog, TaskQueue, keys
 Start = Callable[..., "subprocess.Popen[str]"]
 ARCHIVE = "examples/archive_tasks.py"
 KILL_EVERY_SECONDS = 0.3
-MOST_KILLS = 100
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_pubsub_example_carries_out_a_command(valkey: Server, script: Start, run
     code, out, _ = run("examples/redis_pubsub_example.py", "--role", "publisher", "--once")
 
     assert (code, out) == (0, "'Streams keep what they are told.' has 6 words\n")
-    assert subscriber.wait(timeout=30) == 0
+    assert subscriber.wait(timeout=60) == 0
 
 
 def test_pubsub_example_says_that_nobody_listens(run: Run) -> None:
@@ -70,7 +69,7 @@ def test_pubsub_example_ends_by_ctrl_c(valkey: Server, script: Start) -> None:
     subscriber.stdout.readline()
 
     subscriber.send_signal(signal.SIGINT)
-    _, err = subscriber.communicate(timeout=30)
+    _, err = subscriber.communicate(timeout=60)
 
     assert subscriber.returncode in (0, 130)
     assert err == ""
@@ -99,7 +98,7 @@ def test_stream_example_ends_by_ctrl_c(valkey: Server, script: Start) -> None:
     wait_until(lambda: valkey.client().info("clients")["blocked_clients"] == 1, "it waits for documents")
 
     worker.send_signal(signal.SIGINT)
-    _, err = worker.communicate(timeout=30)
+    _, err = worker.communicate(timeout=60)
 
     assert (worker.returncode, err) == (0, "")
 
@@ -209,7 +208,7 @@ def test_archiver_goes_on_where_the_server_has_lost_its_data(valkey: Server, scr
     wait_until(lambda: len(lines(file)) == 3, "the next is archived")
     archiver.terminate()
 
-    assert archiver.wait(timeout=30) == 0
+    assert archiver.wait(timeout=60) == 0
 
 
 def test_second_archiver_of_a_file_is_refused(valkey: Server, script: Start, run: Run, tmp_path: Path) -> None:
@@ -224,36 +223,34 @@ def test_second_archiver_of_a_file_is_refused(valkey: Server, script: Start, run
     first.terminate()
 
     assert (code, err) == (1, f"archive_tasks.py: another process writes {file}\n")
-    assert first.wait(timeout=30) == 0
+    assert first.wait(timeout=60) == 0
 
 
+@pytest.mark.parametrize("kills", [4, pytest.param(15, marks=pytest.mark.chaos)])
 def test_archive_that_is_killed_again_and_again_has_every_task_once(
-    server: Server, script: Start, tmp_path: Path
+    server: Server, script: Start, tmp_path: Path, kills: int
 ) -> None:
-    """300 tasks finish while the archiver is killed with kill -9 every 0.3 s; the server restarts once, too."""
+    """Tasks finish while the archiver is killed with kill -9 every 0.3 s; the server restarts once, too."""
     queue = TaskQueue(server.client())
     file = tmp_path / "archive.jsonl"
     archiver = script(server.url, ARCHIVE, str(file), stderr=subprocess.DEVNULL)
     chance = random.Random(1)
 
     ids: list[str] = []
-    for kills in range(MOST_KILLS):
-        if len(ids) == 300:
-            break
+    for kill in range(kills):
         ids += finish(queue, 20)
-        if kills == 7:
+        if kill == kills // 2:
             server.stop()
             server.start()
         time.sleep(KILL_EVERY_SECONDS * chance.uniform(0.5, 1.5))
         archiver.kill()
-        archiver.wait(timeout=30)
+        archiver.wait(timeout=60)
         archiver = script(server.url, ARCHIVE, str(file), stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(lines(file)) >= 300, "all are archived")
+    wait_until(lambda: len(lines(file)) >= len(ids), "all are archived")
     archiver.terminate()
-    archiver.wait(timeout=30)
+    archiver.wait(timeout=60)
 
     assert [entry["id"] for entry in lines(file)] == ids
-    assert kills >= 10
 
 
 def test_archiver_waits_for_a_server_that_restarts(valkey: Server, script: Start, tmp_path: Path) -> None:
@@ -273,4 +270,4 @@ def test_archiver_waits_for_a_server_that_restarts(valkey: Server, script: Start
     archiver.terminate()
 
     assert "waiting for it" in said
-    assert archiver.wait(timeout=30) == 0
+    assert archiver.wait(timeout=60) == 0

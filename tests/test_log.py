@@ -70,7 +70,7 @@ def test_entry_ids_hold_the_time_and_the_seq(fake: "Redis") -> None:
     assert events[0].fields["timestamp"] == at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{at.microsecond // 1000:03d}Z"
 
 
-@settings(deadline=None)  # the machine may be busy
+@settings(deadline=None, max_examples=40)
 @given(st.integers(min_value=0, max_value=4_102_444_800_000))
 def test_timestamps_are_right_on_any_day(ms: int) -> None:
     """The script's own calendar agrees with Python's for every millisecond from 1970 to 2100."""
@@ -84,18 +84,6 @@ def test_timestamps_are_right_on_any_day(ms: int) -> None:
     if ms > now_ms:  # the script never goes back behind the last entry, so that is its time now
         expected = datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
         assert log.read()[0].fields["timestamp"] == expected
-
-
-def test_repeated_append_is_written_once(fake: "Redis") -> None:
-    """An append whose reply was lost is sent again, and gets the id of the entry that is there."""
-    log = TaskLog("t", fake)
-    first = log.add("progress", percent=1)
-    log._number -= 1  # as if the reply had not come
-
-    again = log.add("progress", percent=1)
-
-    assert again == first
-    assert len(log.read()) == 1
 
 
 def test_older_attempt_is_refused(fake: "Redis") -> None:
@@ -186,28 +174,15 @@ def test_what_cannot_be_an_event_is_refused(fake: "Redis", event: str, fields: d
     assert len(log.read()) == 1
 
 
-def test_terminal_event_that_is_sent_later_seals_the_log(fake: "Redis") -> None:
-    """Once call() has given `completed` away, whoever still adds gets StreamEnded, and `completed` is written."""
-    log = TaskLog("t", fake, attempt=1, token="a")
-    append, append_keys, args = log.call("completed", result=1)
-
-    with pytest.raises(StreamEnded, match="completed"):
-        log.add("progress", percent=1)
-    append(keys=append_keys, args=args)
-
-    assert [event.name for event in log.read()] == ["completed"]
-
-
-def test_field_name_that_utf_8_cannot_hold_is_refused_before_it_is_sent(fake: "Redis") -> None:
-    """A lone surrogate in a name is a ValueError for who adds it; the calls that others wait for go without it."""
-    sent: list[object] = []
-    log = TaskLog("t", fake, script=lambda **call: sent.append(call) or ["ok", "1-1"])  # type: ignore[arg-type]
+def test_field_name_that_utf_8_cannot_hold_is_refused(fake: "Redis") -> None:
+    """A lone surrogate in a name is a ValueError, and the next event is written."""
+    log = TaskLog("t", fake)
 
     with pytest.raises(ValueError, match="surrogates not allowed"):
         log.add("progress", **{"\ud800": 1})
     log.add("progress", percent=1)
 
-    assert len(sent) == 1
+    assert len(log.read()) == 1
 
 
 def test_clock_that_steps_back_keeps_the_order(valkey: Server) -> None:
@@ -261,7 +236,7 @@ def test_follow_replays_from_any_entry_then_waits_and_ends(server: Server) -> No
 
     ids += [log.add("llm_delta", text="hello "), log.add("completed", result=1)]
     for follower in followers:
-        follower.join(timeout=10)
+        follower.join(timeout=60)
 
     for place, follower in enumerate(followers):
         assert [event.id for event in follower.events] == ids[place:]
@@ -273,15 +248,15 @@ def test_follow_from_the_end_ends_at_once(valkey: Server) -> None:
     log = TaskLog("t", valkey.client())
     last = log.add("completed", result=1)
 
-    assert list(log.follow(last, timeout_seconds=10)) == []
-    assert list(log.follow("$", timeout_seconds=10)) == []
+    assert list(log.follow(last, timeout_seconds=60)) == []
+    assert list(log.follow("$", timeout_seconds=60)) == []
 
 
 def test_dollar_is_resolved_once(valkey: Server) -> None:
     """Following from $ misses nothing between two reads, however long the follower takes with each event."""
     log = TaskLog("t", valkey.client())
     log.add("progress", percent=0)
-    events = log.follow("$", timeout_seconds=30)
+    events = log.follow("$", timeout_seconds=60)
     got: list[object] = []
 
     def read_slowly() -> None:
@@ -296,7 +271,7 @@ def test_dollar_is_resolved_once(valkey: Server) -> None:
     for n in range(1, 50):
         log.add("progress", percent=n)
     log.add("completed", result=1)
-    reader.join(timeout=10)
+    reader.join(timeout=60)
 
     assert got == [*range(1, 50), None]
 
@@ -307,7 +282,7 @@ def test_gap_tells_exactly_how_many_events_were_missed(server: Server, while_fol
     client = server.client()
     log = TaskLog("t", client)
     ids = [log.add("progress", percent=n) for n in range(10)]
-    events = log.follow(ids[1], timeout_seconds=10)
+    events = log.follow(ids[1], timeout_seconds=60)
     got = [next(events)] if while_following else []
     if while_following:
         got += [next(events) for _ in range(7)]  # the page that is read already: up to number 10
@@ -347,7 +322,7 @@ def test_cursor_ahead_of_the_stream_gets_reset(valkey: Server) -> None:
     log.add("completed", result=1)
     ahead = f"{int(time.time() * 1000) + 60_000}-99"
 
-    names = [event.name for event in log.follow(ahead, timeout_seconds=10)]
+    names = [event.name for event in log.follow(ahead, timeout_seconds=60)]
 
     assert names == ["reset", "progress", "completed"]
 
@@ -357,8 +332,8 @@ def test_expired_stream_ends_the_follow(valkey: Server) -> None:
     client = valkey.client()
     client.hset(keys.record("t"), mapping={"status": "completed"})
 
-    assert list(TaskLog("t", client).follow(timeout_seconds=10)) == []
-    assert list(TaskLog("t", client).follow("1700000000000-5", timeout_seconds=10)) == []
+    assert list(TaskLog("t", client).follow(timeout_seconds=60)) == []
+    assert list(TaskLog("t", client).follow("1700000000000-5", timeout_seconds=60)) == []
 
 
 def test_follow_gives_up_after_its_timeout(valkey: Server) -> None:
@@ -385,7 +360,7 @@ def test_killed_connections_lose_and_repeat_nothing(server: Server) -> None:
         if n % 10 == 0:
             admin.client_kill_filter(_type="normal", skipme=True)
     log.add("completed", result=1)
-    follower.join(timeout=30)
+    follower.join(timeout=60)
 
     assert follower.error is None
     assert [event.fields["seq"] for event in follower.events] == list(range(1, 202))
@@ -403,9 +378,9 @@ def test_server_restart_is_survived_by_writer_and_follower(server: Server) -> No
     writer = threading.Thread(target=lambda: log.add("progress", percent=50), daemon=True)
     writer.start()
     server.start()
-    writer.join(timeout=30)
+    writer.join(timeout=60)
     log.add("completed", result=1)
-    follower.join(timeout=30)
+    follower.join(timeout=60)
 
     assert [event.fields["seq"] for event in follower.events] == list(range(1, 53))
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Proxy, Server, wait_until
+from conftest import BOTH_ENGINES, Proxy, Server, wait_until
 
 from task_streams import Event, TaskLog, TaskQueue, keys
+from task_streams.queue import LEASE_SECONDS
+from task_streams.worker import RECOVER_SECONDS
 
 Start = Callable[..., "subprocess.Popen[str]"]
 WORKER = "tests/programs.py"
-KILL_EVERY_SECONDS = 0.3
-MOST_KILLS = 150
 
 
 @pytest.fixture
@@ -59,27 +59,40 @@ def completed(history: list[Event]) -> bool:
     return history[-1].name == "completed"
 
 
-def test_kill_9_of_random_workers_loses_no_task(server: Server, script: Start, journal: Path) -> None:
-    """300 tasks, 3 workers at concurrency 5, one killed every 0.3 s: each task is completed, and ends once."""
-    queue = TaskQueue(server.client())
-    ids = [task.id for task in queue.put_many({"steps": 4, "seconds": 0.06} for _ in range(300))]
+@pytest.mark.parametrize(("tasks", "kills"), [(60, 5), pytest.param(600, 60, marks=pytest.mark.chaos)])
+def test_kill_9_of_random_workers_loses_no_task(
+    valkey: Server, script: Start, journal: Path, tasks: int, kills: int
+) -> None:
+    """3 workers at concurrency 5, one killed whenever some more is done: each task is completed, and ends once."""
+    queue = TaskQueue(valkey.client())
+    ids = [task.id for task in queue.put_many({"steps": 4, "seconds": 0.06} for _ in range(tasks))]
     command = [WORKER, str(journal), "--concurrency", "5", "--lease", "2", "--max-attempts", "1000"]
-    workers = [script(server.url, *command, stderr=subprocess.DEVNULL) for _ in range(3)]
+    workers = [script(valkey.url, *command, stderr=subprocess.DEVNULL) for _ in range(3)]
     chance = random.Random(1)
 
-    kills = 0
-    while not all_ended(queue) and kills < MOST_KILLS:
-        time.sleep(KILL_EVERY_SECONDS)
+    for _ in range(kills):
+        seen = len(entries(journal))
+        wait_until(lambda seen=seen: len(entries(journal)) > seen + 5, "work is under way")  # type: ignore[misc]
         victim = chance.randrange(3)
         workers[victim].kill()
-        workers[victim] = script(server.url, *command, stderr=subprocess.DEVNULL)
-        kills += 1
-    wait_until(lambda: all_ended(queue), "all tasks ended", 60)
+        workers[victim] = script(valkey.url, *command, stderr=subprocess.DEVNULL)
+    wait_until(lambda: all_ended(queue), "all tasks ended", 120)
 
     histories = check_streams(queue, ids)
     assert all(completed(history) for history in histories)
-    assert kills >= 10
     assert any(event.name == "worker_lost" for history in histories for event in history), "no kill hit a task"
+
+
+@pytest.mark.parametrize("server", BOTH_ENGINES, indirect=True)
+def test_worker_that_is_killed_loses_no_task_on_either_engine(server: Server, script: Start, journal: Path) -> None:
+    """What a killed worker held, the next one does. (`make test` runs only this on redis-server, `make chaos` all.)"""
+    queue = TaskQueue(server.client())
+    task = queue.put({})
+    script(server.url, WORKER, str(journal), "--lease", "1", env={"TASK_STREAMS_FAULT": "started"}).wait(timeout=60)
+
+    script(server.url, WORKER, str(journal), "--burst").communicate(timeout=60)
+
+    assert completed(check_streams(queue, [task.id])[0])
 
 
 @pytest.mark.parametrize("point", ["popped", "claimed", "started", "handled", "completed"])
@@ -88,9 +101,9 @@ def test_kill_at_a_fault_point_loses_nothing(server: Server, script: Start, jour
     queue = TaskQueue(server.client())
     ids = [task.id for task in queue.put_many([{}, {}])]
     victim = script(server.url, WORKER, str(journal), "--lease", "1", env={"TASK_STREAMS_FAULT": point})
-    victim.wait(timeout=30)
+    victim.wait(timeout=60)
 
-    script(server.url, WORKER, str(journal), "--lease", "1", "--burst").communicate(timeout=30)
+    script(server.url, WORKER, str(journal), "--burst").communicate(timeout=60)
 
     assert victim.returncode == -signal.SIGKILL
     assert all(completed(history) for history in check_streams(queue, ids))
@@ -112,38 +125,44 @@ def test_connection_cut_while_brpop_is_answered_loses_nothing(server: Server, sc
     assert [event.name for event in check_streams(queue, [task.id])[0]] == ["started", "progress", "completed"]
 
 
-@pytest.mark.parametrize(("lease", "bound"), [("5", 7.0), (None, 15.0)])
-def test_killed_workers_task_runs_again_in_time(
-    valkey: Server, script: Start, journal: Path, lease: str | None, bound: float
-) -> None:
-    """After kill -9 the task runs again within 7 s with --lease 5, and within 15 s by default."""
+def test_killed_workers_task_runs_again(valkey: Server, script: Start, journal: Path) -> None:
+    """After kill -9 another worker, which is there already, begins the task again when the lease is over."""
     queue = TaskQueue(valkey.client())
-    queue.put({"seconds": 0.5, "steps": 200})
-    command = [WORKER, str(journal), *(["--lease", lease] if lease else [])]
+    task = queue.put({"seconds": 0.5, "steps": 200})
+    command = [WORKER, str(journal), "--lease", "5"]
     victim = script(valkey.url, *command, stderr=subprocess.DEVNULL)
     wait_until(lambda: entries(journal), "the first attempt has begun")
     script(valkey.url, *command, stderr=subprocess.DEVNULL)
     victim.kill()
-    killed_at = time.monotonic()
+    victim.wait(timeout=60)
+    lease_end = queue.redis.zscore(keys.LEASES, task.id)
 
-    wait_until(lambda: len(entries(journal)) > 1, "the second attempt has begun", bound + 10)
+    wait_until(lambda: len(entries(journal)) > 1, "the second attempt has begun")
 
+    events = TaskLog(task.id, queue.redis).read()
+    lost = next(event for event in events if event.name == "worker_lost")
     assert entries(journal)[-1]["attempt"] == 2
-    assert entries(journal)[-1]["at"] - killed_at < bound
+    assert int(lost.id.split("-")[0]) >= lease_end
 
 
-def test_two_workers_never_hold_one_task(valkey: Server, script: Start, journal: Path) -> None:
-    """1,000 tasks under load, workers killed and stopped meanwhile: no two runs of one task overlap in time."""
+def test_default_lease_keeps_what_the_readme_says() -> None:
+    """A killed worker's task runs again within 15 s: when its lease has ended, and somebody has looked."""
+    assert LEASE_SECONDS + RECOVER_SECONDS < 15
+
+
+@pytest.mark.parametrize("tasks", [250, pytest.param(1_000, marks=pytest.mark.chaos)])
+def test_two_workers_never_hold_one_task(valkey: Server, script: Start, journal: Path, tasks: int) -> None:
+    """Many tasks under load, workers killed and stopped meanwhile: no two runs of one task overlap in time."""
     queue = TaskQueue(valkey.client())
-    ids = [task.id for task in queue.put_many({"steps": 2, "seconds": 0.02} for _ in range(1000))]
+    ids = [task.id for task in queue.put_many({"steps": 2, "seconds": 0.02} for _ in range(tasks))]
     command = [WORKER, str(journal), "--concurrency", "5", "--lease", "1", "--max-attempts", "1000"]
     workers = [script(valkey.url, *command, stderr=subprocess.DEVNULL) for _ in range(3)]
-    wait_until(lambda: len(entries(journal)) > 100, "work is under way")
+    wait_until(lambda: len(entries(journal)) > 50, "work is under way")
     workers[0].kill()
     workers[1].send_signal(signal.SIGSTOP)
     workers.append(script(valkey.url, *command, stderr=subprocess.DEVNULL))
 
-    wait_until(lambda: all_ended(queue), "all tasks ended", 90)
+    wait_until(lambda: all_ended(queue), "all tasks ended", 120)
     workers[1].send_signal(signal.SIGCONT)
 
     histories = check_streams(queue, ids)
@@ -164,17 +183,17 @@ def test_stopped_worker_writes_nothing_after_its_lease(server: Server, script: S
     """SIGSTOP past the lease, another worker takes over; woken up, the first gets LeaseLost and is silent."""
     queue = TaskQueue(server.client())
     task = queue.put({"seconds": 0.2, "steps": 15})
-    command = [WORKER, str(journal), "--lease", "1"]
+    command = [WORKER, str(journal), "--lease", "3"]
     stopped = script(server.url, *command)
     wait_until(lambda: len(queue.redis.xrange(keys.stream(task.id))) > 3, "the first is at work")
     stopped.send_signal(signal.SIGSTOP)
-    script(server.url, *command, "--burst").communicate(timeout=30)
+    script(server.url, *command, "--burst").communicate(timeout=60)
     before = TaskLog(task.id, queue.redis).read()
 
     stopped.send_signal(signal.SIGCONT)
     wait_until(lambda: {"end"} <= {e["what"] for e in entries(journal) if e["pid"] == stopped.pid}, "it gave up")
     stopped.terminate()
-    _, errors = stopped.communicate(timeout=30)
+    _, errors = stopped.communicate(timeout=60)
 
     assert before[-1].name == "completed"
     assert TaskLog(task.id, queue.redis).read() == before
@@ -186,7 +205,7 @@ def test_stopped_worker_alone_starts_a_new_attempt(valkey: Server, script: Start
     """With no other worker around, a worker that was stopped past its lease writes nothing more for that attempt."""
     queue = TaskQueue(valkey.client())
     task = queue.put({"seconds": 0.2, "steps": 10})
-    worker = script(valkey.url, WORKER, str(journal), "--lease", "1", stderr=subprocess.DEVNULL)
+    worker = script(valkey.url, WORKER, str(journal), "--lease", "3", stderr=subprocess.DEVNULL)
     wait_until(lambda: len(queue.redis.xrange(keys.stream(task.id))) > 3, "it is at work")
     worker.send_signal(signal.SIGSTOP)
     wait_until(lambda: queue.redis.zscore(keys.LEASES, task.id) < time.time() * 1000 - 200, "the lease is over")
@@ -247,22 +266,22 @@ def test_frozen_server_doubles_no_task_and_no_event(server: Server) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_server_restart_loses_no_task(server: Server, script: Start, journal: Path, number: signal.Signals) -> None:
-    """The server goes down in the middle of 300 tasks and comes back with its append-only file: none is lost."""
+    """The server goes down in the middle of 100 tasks and comes back with its append-only file: none is lost."""
     client = server.client()
     client.config_set("appendfsync", "always")
     queue = TaskQueue(client)
-    ids = [task.id for task in queue.put_many({"steps": 2, "seconds": 0.05} for _ in range(300))]
+    ids = [task.id for task in queue.put_many({"steps": 2, "seconds": 0.05} for _ in range(100))]
     command = [WORKER, str(journal), "--concurrency", "5", "--lease", "3", "--max-attempts", "100"]
     workers = [script(server.url, *command) for _ in range(2)]
-    wait_until(lambda: len(entries(journal)) > 100, "a part is done")
+    wait_until(lambda: len(entries(journal)) > 50, "a part is done")
 
     server.stop(number)
     time.sleep(1.5)  # down for so long that the workers cannot but notice
     server.start()
-    wait_until(lambda: all_ended(queue), "all tasks ended", 60)
+    wait_until(lambda: all_ended(queue), "all tasks ended")
     for worker in workers:
         worker.terminate()
-    errors = [worker.communicate(timeout=30)[1] for worker in workers]
+    errors = [worker.communicate(timeout=60)[1] for worker in workers]
 
     assert all(completed(history) for history in check_streams(queue, ids))
     for text in errors:
@@ -280,7 +299,7 @@ def test_nothing_is_left_without_a_ttl(valkey: Server, script: Start, journal: P
     cancelled = queue.put({})
     queue.request_cancel(cancelled.id, "not wanted")
     queue.redis.lpush(keys.QUEUE, '{"id": "by-hand", "data": {}}', "nonsense")
-    script(valkey.url, WORKER, str(journal), "--burst", "--lease", "1", "--backoff", "0.1").communicate(timeout=60)
+    script(valkey.url, WORKER, str(journal), "--burst", "--lease", "5", "--backoff", "0.1").communicate(timeout=60)
 
     left = {key: queue.redis.ttl(key) for key in queue.redis.scan_iter()}
 

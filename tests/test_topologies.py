@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 from conftest import ROOT, wait_until
 
-# The servers begin at the ports of `make cluster`, as part 8 of the tutorial does: one after the other.
-pytestmark = pytest.mark.xdist_group("ports of make cluster")
-
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -24,7 +21,7 @@ def about(request: pytest.FixtureRequest, script: Start, tmp_path: Path) -> Iter
     said = tmp_path / "said"
     with said.open("w") as file:
         program = script("", "tutorial/topologies.py", request.param, stdout=file, env={"TMPDIR": str(tmp_path)})
-    wait_until(lambda: "Ctrl-C" in said.read_text() or program.poll() is not None, "the servers are up", 60)
+    wait_until(lambda: "Ctrl-C" in said.read_text() or program.poll() is not None, "the servers are up")
     assert program.poll() is None, program.communicate()[1]
     ports = {int(port) for port in re.findall(r"[\s:](\d{4,5})\b", said.read_text().partition("python")[0])}
     assert len(ports) == (6 if request.param == "cluster" else 5)
@@ -33,7 +30,7 @@ def about(request: pytest.FixtureRequest, script: Start, tmp_path: Path) -> Iter
     yield said.read_text()
 
     program.send_signal(signal.SIGINT)
-    assert program.wait(timeout=30) == 0
+    assert program.wait(timeout=60) == 0
     assert said.read_text().endswith(f"{request.param} stopped\n")
     assert program.communicate()[1] == ""
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
@@ -68,7 +65,7 @@ def test_unknown_topology_is_refused(script: Start) -> None:
     """Anything but `cluster` and `sentinel` is a usage error."""
     program = script("", "tutorial/topologies.py", "ring")
 
-    assert "cluster" in program.communicate(timeout=30)[1]
+    assert "cluster" in program.communicate(timeout=60)[1]
     assert program.returncode == 2
 
 

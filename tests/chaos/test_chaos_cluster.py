@@ -19,6 +19,8 @@ from history import Loss, check
 from task_streams import keys
 from tutorial.topologies import Cluster, Node
 
+pytestmark = pytest.mark.chaos
+
 LAG_SECONDS = 1.0  # what a master acknowledged this long before its end has reached the replica
 LEASE_SECONDS = 2.0
 PAUSE_SECONDS = 0.001  # after each key of a moving slot, so that others come in between
@@ -94,6 +96,7 @@ def test_failover_by_order_breaks_no_promise(cluster: Cluster, load: Load) -> No
     assert check(history) == []
 
 
+@pytest.mark.smoke
 def test_killed_master_costs_at_most_its_last_second(cluster: Cluster, load: Load) -> None:
     """kill -9 of the queue's master: its replica takes over, and what was acknowledged a second before is there."""
     deadline, losses = time.monotonic() + SECONDS, list[Loss]()

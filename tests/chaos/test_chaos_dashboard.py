@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from chaos import LEASE_SECONDS, SECONDS, Load, full_memory, nonsense, replica, seconds_left
 from chaos_proxy import ChaosProxy
-from conftest import ROOT, Server, free_port, wait_until
+from conftest import DEADLINE_SECONDS, ROOT, Server, free_port, wait_until
 from history import History, Loss, Seen, Violation, check
 from redis.exceptions import RedisError
 
@@ -32,13 +33,15 @@ from task_streams import keys
 from task_streams.log import order
 from tutorial.topologies import HOST, Cluster, Node, Sentinels
 
+pytestmark = pytest.mark.chaos
+
 LAG_SECONDS = 1.0  # what a master acknowledged this long before its end has reached the replica
 LONG_LEASE_SECONDS = 2.0  # where a failover takes its time
 DOWN_SECONDS = 0.5
 MALFORMED = 50  # elements that are no tasks, each time
 RETRY_SECONDS = 0.05  # before a watcher comes again; a browser waits a second
 SILENCE_SECONDS = 30  # twice what is between two comments of a stream that has nothing to say
-SETTLE_SECONDS = 30.0  # for the watchers to have what the tasks' ends have brought
+SETTLE_SECONDS = 60.0  # for the watchers to have what the tasks' ends have brought
 MOST_WATCHERS = 20  # of single tasks, at the same time
 MOST_MORE_FILES = 40  # that a dashboard may keep open: its pools of connections to Redis, on six nodes
 MOST_MORE_BYTES = 30_000_000  # that it may have kept, some hundred watchers later
@@ -68,7 +71,7 @@ class Dashboard:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=60)
 
     def is_well(self) -> bool:
         assert self.process.poll() is None, self.said()
@@ -204,7 +207,7 @@ class Scene:
             time.sleep(0.1)
         misread = self.misread(history, losses)
         self.stop.set()
-        self.thread.join(timeout=30)
+        self.thread.join(timeout=60)
         assert self.trouble == [], "a watcher failed"
         assert len(self.singles) > 5, "there were no watchers"
         return history, [*check(history, losses), *misread]
@@ -333,6 +336,7 @@ def test_watchers_keep_their_streams_through_faults_of_workers_and_server(valkey
     assert watched.streams_opened() == 1
 
 
+@pytest.mark.smoke
 def test_watchers_resume_after_kills_of_the_dashboard(valkey: Server, tmp_path: Path) -> None:
     """kill -9 of the dashboard, again and again: each watcher goes on at the next one where it was."""
     with scene(valkey.url, tmp_path) as watched:
@@ -366,7 +370,7 @@ def test_bad_connections_on_both_sides_of_the_dashboard_lose_and_repeat_nothing(
         wait_until(
             lambda: not seconds_left(deadline) and all(one.cut_replies and one.half_replies for one in proxies),
             "replies were cut on both sides",
-            SECONDS + 30,
+            SECONDS + DEADLINE_SECONDS,
         )
         for proxy in proxies:
             proxy.at_work.clear()
@@ -445,6 +449,7 @@ def is_master(node: Node) -> bool:
 # -- rights -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_dashboard_whose_user_lacks_rights_says_so_once(valkey: Server, script: Callable[..., Any]) -> None:
     """NOPERM: one line, however often it tries again, and no traceback; once it has the rights it needs no restart."""
     admin, port = valkey.client(), free_port()
@@ -456,7 +461,7 @@ def test_dashboard_whose_user_lacks_rights_says_so_once(valkey: Server, script: 
     admin.execute_command("ACL", "SETUSER", "nobody", "allkeys", "allchannels", "+@all")
     wait_until(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200, "it works")
     process.terminate()
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
 
     address, *refusal = said.splitlines()
     assert address.startswith("http://")

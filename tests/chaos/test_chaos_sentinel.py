@@ -21,6 +21,8 @@ from ailf.messaging.redis import connect
 from task_streams import Event, TaskLog, TaskQueue
 from tutorial.topologies import HOST, Node, Sentinels
 
+pytestmark = pytest.mark.chaos
+
 LAG_SECONDS = 1.0  # what a master acknowledged this long before its end has reached the replica
 LEASE_SECONDS = 2.0
 
@@ -74,6 +76,7 @@ def lost_events(history: History) -> int:
     return sum(step.what == "added" and step.mark not in there for step in history.steps)
 
 
+@pytest.mark.smoke
 def test_killed_master_costs_at_most_its_last_second(sentinels: Sentinels, tmp_path: Path) -> None:
     """kill -9 of the master under load: work goes on at the new one; what was acknowledged a second before is there."""
     with Load(sentinels.url, tmp_path / "load", lease_seconds=LEASE_SECONDS) as load:
@@ -172,7 +175,7 @@ def test_watcher_of_a_stream_that_lost_its_end_gets_reset(sentinels: Sentinels) 
     demote(sentinels, old)
     wait_until(lambda: len(seen) >= 6, "it sees all anew")
     log.add("completed", result="done")
-    watcher.join(timeout=30)
+    watcher.join(timeout=60)
 
     names = [event.fields.get("step", event.name) for event in seen]
     assert names == ["a", "b", "lost", "reset", "a", "b", "completed"]

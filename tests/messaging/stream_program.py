@@ -47,7 +47,7 @@ class Consumers:
         for process in self.started:
             process.kill()
         for process in self.started:
-            process.join(30)
+            process.join(60)
             process.close()
 
 

@@ -140,7 +140,7 @@ def test_outage_of_a_cluster_is_waited_out(cluster: Server, script: Start, tmp_p
         wait_until(lambda: (TaskQueue(client.client).get(task.id) or {})["status"] == "completed", "the worker works")
         wait_until(lambda: "serves again" in said.read_text(), "the worker says so")
         worker.terminate()
-        assert worker.wait(timeout=30) == 0
+        assert worker.wait(timeout=60) == 0
         stream.close()
 
         assert said.read_text().count("does not serve") == 1

@@ -146,11 +146,11 @@ def test_snippet_of_the_documentation_runs_as_it_stands(server: Server, script: 
         publisher = script(server.url, "-c", PUBLISHER)
 
         wait_until(lambda: results, "the result came")
-        assert publisher.communicate(timeout=30) == ("", "")
+        assert publisher.communicate(timeout=60) == ("", "")
     subscriber.send_signal(signal.SIGINT)
 
     assert results == [{"result": "CONTENT TO ANALYZE"}]
-    assert subscriber.communicate(timeout=30) == ("", "")
+    assert subscriber.communicate(timeout=60) == ("", "")
     assert (publisher.returncode, subscriber.returncode) == (0, 0)
 
 
@@ -165,7 +165,7 @@ def test_ctrl_c_ends_run_in_a_handler_too(valkey: Server, script: Start) -> None
 
     subscriber.send_signal(signal.SIGINT)
 
-    assert subscriber.communicate(timeout=30) == ("went on\n", "")
+    assert subscriber.communicate(timeout=60) == ("went on\n", "")
 
 
 # -- subscribing and handling -----------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_coroutine_functions_are_handlers_of_the_async_class(valkey: Server) -> 
             await subject.subscribe("channel", handle)
             for message in (1, 2, 3):
                 await subject.publish("channel", message)
-            await asyncio.wait_for(subject.run(), 30)
+            await asyncio.wait_for(subject.run(), 60)
 
     asyncio.run(main())
 
@@ -494,7 +494,7 @@ def test_stop_ends_run_and_it_can_run_again(make: Make, valkey: Server) -> None:
         wait_until(lambda n=n: len(got) == 2 * n + 1, "it arrived")  # type: ignore[misc]
 
         subject.stop()
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
 
         subject.publish("channel", "between")
@@ -588,7 +588,7 @@ except KeyboardInterrupt:
 
     process.send_signal(signal.SIGINT)
 
-    assert process.communicate(timeout=30) == ("ended\n", "")
+    assert process.communicate(timeout=60) == ("ended\n", "")
 
 
 def test_closing_gives_up_everything(make: Make, valkey: Server, kind: str) -> None:
@@ -620,13 +620,13 @@ def test_close_waits_for_run_and_not_for_its_thread(valkey: Server) -> None:
 
     def work() -> None:
         subject.run()
-        go_on.wait(60)
+        go_on.wait(120)
 
     thread = threading.Thread(target=work)
     thread.start()
     closer = threading.Thread(target=subject.close)
     closer.start()
-    closer.join(30)
+    closer.join(60)
     closed = not closer.is_alive()
     go_on.set()
     thread.join()
@@ -679,7 +679,7 @@ def test_client_that_returns_bytes_does(valkey: Server) -> None:
         subject.run_in_thread()
         assert client.publish("channel", {"a": 1}) == 1
         wait_until(lambda: got, "it arrived")
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
     assert got == [("channel", {"a": 1}), ("channel", {"b": 2})]
 
@@ -701,26 +701,25 @@ def test_fakeredis_does() -> None:
         subject.run_in_thread()
         subject.publish("channel", {"a": 1})
         wait_until(lambda: got, "it arrived")
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
     assert got == [{"a": 1}, {"b": 2}]
 
 
 # -- many -------------------------------------------------------------------------------------------------------
 
-MESSAGES = 10_000
 
-
-def publish_all(server: Server) -> None:
+def publish_all(server: Server, messages: int) -> None:
     client = connect(server.url)
-    for first in range(0, MESSAGES, 100):
+    for first in range(0, messages, 100):
         with client.pipeline(transaction=False) as pipe:
             for n in range(first, first + 100):
                 pipe.publish("channel", json.dumps({"n": n}))
             pipe.execute()
 
 
-def test_10_000_messages_arrive_in_order_at_10_subscribers(make: Make, server: Server) -> None:
+@pytest.mark.parametrize("messages", [1_000, pytest.param(10_000, marks=pytest.mark.chaos)])
+def test_many_messages_arrive_in_order_at_10_subscribers(make: Make, server: Server, messages: int) -> None:
     """Every message, once, in order, at each of them."""
     received: list[list[int]] = [[] for _ in range(10)]
     for numbers in received:
@@ -728,10 +727,10 @@ def test_10_000_messages_arrive_in_order_at_10_subscribers(make: Make, server: S
         subject.subscribe("channel", lambda message, numbers=numbers: numbers.append(message["n"]))  # type: ignore[misc]
         subject.run_in_thread()
 
-    publish_all(server)
+    publish_all(server, messages)
 
-    wait_until(lambda: all(len(numbers) == MESSAGES for numbers in received), "all arrived", 120)
-    assert all(numbers == list(range(MESSAGES)) for numbers in received)
+    wait_until(lambda: all(len(numbers) == messages for numbers in received), "all arrived", 120)
+    assert all(numbers == list(range(messages)) for numbers in received)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------
@@ -787,7 +786,7 @@ def test_silence_is_noticed(
     make: Make, server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is frozen, or a cable that is pulled, breaks no connection: no answer to a PING does it."""
-    monkeypatch.setattr(pubsub, "SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(pubsub, "SILENCE_SECONDS", 2.0)
     subject, got, runner = start_two(make, server)
 
     server.send(signal.SIGSTOP)
@@ -801,11 +800,11 @@ def test_silence_because_nobody_publishes_is_no_loss(
     make: Make, valkey: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server answers the PINGs, and the connection stays."""
-    monkeypatch.setattr(pubsub, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(pubsub, "SILENCE_SECONDS", 1.0)
     subject, got, _ = start_two(make, valkey)
     admin = valkey.client()
 
-    wait_until(lambda: admin.info("commandstats").get("cmdstat_ping", {"calls": 0})["calls"] > 9, "it was asked often")
+    wait_until(lambda: admin.info("commandstats").get("cmdstat_ping", {"calls": 0})["calls"] > 2, "it was asked often")
 
     subject.publish("channel", 1)
     wait_until(lambda: got == [1], "it arrived")
@@ -816,9 +815,9 @@ def test_slow_handler_is_no_silence(
     make: Make, valkey: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it runs nobody listens, which says nothing about the server."""
-    monkeypatch.setattr(pubsub, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(pubsub, "SILENCE_SECONDS", 1.0)
     subject, got = make(valkey), []
-    subject.subscribe("slow", lambda message: (time.sleep(1), got.append(message)))
+    subject.subscribe("slow", lambda message: (time.sleep(3), got.append(message)))
     subject.run_in_thread()
 
     subject.publish("slow", 1)
@@ -887,7 +886,7 @@ def test_losses_and_changes_at_the_same_time_do_not_end_it(make: Make, valkey: S
         killer.join()
 
     wanted = set(subject.subscriptions) - {"pattern*"}
-    wait_until(lambda: set(admin.pubsub_channels()) == wanted and admin.pubsub_numpat() == 1, "all are back", 60)
+    wait_until(lambda: set(admin.pubsub_channels()) == wanted and admin.pubsub_numpat() == 1, "all are back")
     subject.publish("channel", "after")
     wait_until(lambda: "after" in got, "messages arrive again")
     assert runner.is_alive()
@@ -969,7 +968,7 @@ def test_refusal_ends_run_with_an_error_of_this_package(
     admin = valkey.client()
     admin.config_set("requirepass", "secret")
     admin.client_kill_filter(_type="pubsub")
-    thread.join(30)
+    thread.join(60)
 
     assert not thread.is_alive()
     assert len(errors) == 1
@@ -977,14 +976,11 @@ def test_refusal_ends_run_with_an_error_of_this_package(
     assert errors[0].__cause__ is not None
 
 
-def test_subscribing_waits_for_a_handler_that_takes_long(
-    make: Make, valkey: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_subscribing_waits_for_a_handler_that_takes_long(make: Make, valkey: Server) -> None:
     """While a handler runs nothing is sent, and that is no sign that the server is away."""
-    monkeypatch.setattr(pubsub, "CONFIRM_SECONDS", 1.5)
     heard: list[Any] = []
     talker = make(valkey)
-    talker.subscribe("slow", lambda message: (heard.append(message), time.sleep(3)))
+    talker.subscribe("slow", lambda message: (heard.append(message), time.sleep(pubsub.CONFIRM_SECONDS + 1)))
     talker.run_in_thread()
     talker.publish("slow", 1)
     wait_until(lambda: heard == [1], "the handler runs")

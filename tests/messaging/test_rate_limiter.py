@@ -70,7 +70,8 @@ def assert_exact(calls: list[tuple[int, bool]], rate: int, period: float) -> Non
 # -- what it promises -------------------------------------------------------------------------------------------
 
 
-def test_100_threads_in_4_processes_get_the_rate_and_no_more(server: Server, script: Start) -> None:
+@pytest.mark.parametrize("threads", [5, pytest.param(25, marks=pytest.mark.chaos)])
+def test_threads_in_4_processes_get_the_rate_and_no_more(server: Server, script: Start, threads: int) -> None:
     """Two of the processes are an hour off. No window has more calls, and who is denied finds one that is full.
 
     The second says "at least `rate` a period while there is demand" without a word on how busy the machine is.
@@ -79,9 +80,11 @@ def test_100_threads_in_4_processes_get_the_rate_and_no_more(server: Server, scr
 
     skews = ("0", "0", "3600", "-3600")
     programs = [
-        script(server.url, PROGRAM, "25", str(rate), str(period), skew, stdin=subprocess.PIPE) for skew in skews
+        script(server.url, PROGRAM, str(threads), str(rate), str(period), skew, stdin=subprocess.PIPE) for skew in skews
     ]
-    wait_until(lambda: len({line.split()[2] for line in client.lrange("calls", 0, -1)}) == 100, "all threads call")
+    wait_until(
+        lambda: len({line.split()[2] for line in client.lrange("calls", 0, -1)}) == 4 * threads, "all threads call"
+    )
     seen = client.llen("calls")
     wait_until(lambda: sum(allowed for _, allowed in recorded(client)[seen:]) > 5 * rate, "some periods have gone by")
     longest = client.llen("limit:shared")
@@ -161,7 +164,7 @@ def test_key_is_gone_after_the_period(server: Server) -> None:
 @pytest.mark.parametrize("there", [1, 3, 5])
 def test_clock_put_back_is_recovered_from_within_a_period(server: Server, there: int) -> None:
     """Calls an hour ahead of the server's clock count as made just now: for one period, not for an hour."""
-    rate, period, client = 5, 0.2, server.client()
+    rate, period, client = 5, 1.0, server.client()
     limiter = RedisRateLimiter("limit", rate, period, client)
     ahead = now_us(client) + 3_600_000_000
     client.rpush(KEY, *[ahead - n for n in range(there)])
@@ -174,12 +177,12 @@ def test_clock_put_back_is_recovered_from_within_a_period(server: Server, there:
     assert not denied.allowed
     assert denied.retry_after_seconds <= period + 0.000_001
     assert max(kept) <= now_us(client)
-    assert limiter.wait("a", timeout=30)
+    assert limiter.wait("a", timeout=60)
     record(limiter)
-    for _ in range(2 * rate):
+    for _ in range(rate + 1):
         limiter.wait("a")
     times = [at for at, allowed in recorded(client) if allowed]
-    assert all(later - earlier > 200_000 for earlier, later in zip(times, times[rate:], strict=False))
+    assert all(later - earlier > period * 1_000_000 for earlier, later in zip(times, times[rate:], strict=False))
 
 
 def test_clock_put_back_amid_the_calls_is_strict(server: Server) -> None:
@@ -228,7 +231,7 @@ STEPS = st.lists(st.sampled_from([0, 1, 10, 49, 50, 99, 100, 101, 150, 5_000]), 
 
 
 @given(RATES, STEPS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_every_decision_is_the_one_by_definition(rates: list[int], steps: list[int]) -> None:
     """To the microsecond, also where callers with different rates take turns: each is held to its own."""
     with pytest.MonkeyPatch.context() as patch:
@@ -253,7 +256,7 @@ def test_every_decision_is_the_one_by_definition(rates: list[int], steps: list[i
 
 
 @given(st.integers(1, 4), STEPS, st.data())
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_clock_that_is_put_back_lets_no_more_through(rate: int, steps: list[int], data: st.DataObject) -> None:
     """However often, and by whatever: never more than `rate` in a true window; denied for a period at most."""
     with pytest.MonkeyPatch.context() as patch:
@@ -290,17 +293,20 @@ def test_wait_blocks_until_allowed_and_counts_the_call(server: Server) -> None:
     assert_exact(recorded(client), 1, 0.1)
 
 
-@pytest.mark.parametrize("timeout", [0, 0.05, -1])
-def test_wait_gives_up_after_the_timeout(fake: Any, timeout: float) -> None:
+@pytest.mark.parametrize(("timeout", "slept"), [(0, []), (20, [20]), (-1, [])])
+def test_wait_gives_up_after_the_timeout(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, timeout: float, slept: list[float]
+) -> None:
     """False, not before the timeout, long before there is room; the call is not counted."""
+    sleeps = list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: 1_000.0 + sum(sleeps))
+    monkeypatch.setattr(time, "sleep", sleeps.append)
     limiter = RedisRateLimiter("limit", 1, 3600, fake)
     limiter.is_allowed("a")
 
-    began = time.monotonic()
     waited = limiter.wait("a", timeout=timeout)
 
-    assert waited is False
-    assert time.monotonic() - began >= timeout
+    assert (waited, sleeps) == (False, slept)
     assert fake.llen(KEY) == 1
 
 

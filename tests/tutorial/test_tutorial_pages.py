@@ -31,12 +31,9 @@ BRACKETS = ("", "leave it running", "still running", "it ends")
 OUTSIDE = re.compile(r"\b(?:pip3?|apt|apt-get|brew|docker|npm|git)\b|https?://(?!127\.0\.0\.1|localhost)")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-# Part 8 starts a cluster on the ports that `make cluster` takes, as tests/test_topologies.py does: one after the other.
-CLUSTER_PORTS = pytest.mark.xdist_group("ports of make cluster")
-RUN = [pytest.param(page, marks=CLUSTER_PORTS if page.stem == "part8" else (), id=page.stem) for page in PAGES]
 
 
-@pytest.mark.parametrize("page", RUN)
+@each_page
 def test_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     """Every command of a page, typed in order into real terminals, prints what the page shows."""
     if not shutil.which("redis-cli"):
@@ -154,25 +151,28 @@ def test_links_and_anchors_lead_somewhere(page: Path) -> None:
 # -- exercises --------------------------------------------------------------------------------------------------
 
 
-def check(exercise: Path, directory: Path) -> "subprocess.CompletedProcess[str]":
-    """Run the check of an exercise as its page says, on the given file in a copy of the folder."""
+def check(directory: Path, *solutions: Path) -> dict[str, bool]:
+    """Run all checks in a copy of the folder, with these files in it; say of each check whether all of it passes."""
     copy = directory / "tutorial/exercises"
     shutil.copytree(TUTORIAL / "exercises", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(exercise, copy / exercise.name)
-    command = [sys.executable, "-m", "pytest", str(copy / f"test_{exercise.name}")]
+    for solution in solutions:
+        shutil.copy(solution, copy / solution.name)
+    command = [sys.executable, "-m", "pytest", "-rA", "--tb=no", "-p", "no:cacheprovider", str(copy)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # a check needs none, and to load them takes longer than it
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300).stdout
+    outcomes: dict[str, bool] = {}
+    for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*test_(\w+)\.py", said, re.MULTILINE):
+        outcomes[name] = outcomes.get(name, True) and outcome == "PASSED"
+    return outcomes
 
 
-@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda path: path.stem)
-def test_exercise_is_red_until_it_is_solved(exercise: Path, tmp_path: Path) -> None:
-    """The check of an exercise fails as it is given, and passes with its solution."""
-    unsolved = check(exercise, tmp_path / "unsolved")
-    solved = check(SOLUTIONS / exercise.name, tmp_path / "solved")
+def test_exercises_are_red_until_they_are_solved(tmp_path: Path) -> None:
+    """The check of each exercise fails as it is given, and passes with its solution."""
+    names = [path.stem for path in EXERCISES]
 
-    assert unsolved.returncode == 1, unsolved.stdout + unsolved.stderr
-    assert solved.returncode == 0, solved.stdout + solved.stderr
+    assert check(tmp_path / "unsolved") == dict.fromkeys(names, False)
+    assert check(tmp_path / "solved", *SOLUTIONS.glob("*.py")) == dict.fromkeys(names, True)
 
 
 def test_every_solution_has_its_exercise() -> None:
