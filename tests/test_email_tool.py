@@ -205,7 +205,7 @@ def smtp_server(answers: dict[str, str] | None = None) -> Iterator[Any]:
         thread.start()
         yield server
         server.shutdown()
-        thread.join(timeout=10)
+        thread.join(timeout=60)
 
 
 def test_smtp_server_gets_the_message(outbox: Path) -> None:
