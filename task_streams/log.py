@@ -256,6 +256,54 @@ def order(entry_id: str) -> tuple[int, int]:
     return int(ms), int(seq or 0)
 
 
+class Cursor:
+    """Where a reader is in one stream. Says `gap` if entries were trimmed, and `reset` if the history was rewritten.
+
+    An entry's id is <epoch>-<seq>. The epoch grows with each attempt; seq counts 1, 2, 3 … over the task's whole life.
+    So a jump in seq is a gap, and a seq that was there before, or a stream that ends before the cursor, is another
+    history than the one that was read. A seq of 0 is somebody's own XADD: it is shown, and not counted.
+
+    It is pure: it reads nothing and waits for nothing. After a `reset` read again from `cursor.id`, the start.
+    """
+
+    __slots__ = ("_quiet_until", "id", "seq")
+
+    def __init__(self, entry_id: str = "0-0") -> None:
+        self.id = entry_id  # read on after this entry
+        self.seq = seq_of(entry_id)  # of the last entry that counts; None: not known, so the next one cannot be a gap
+        self._quiet_until = (0, 0)  # up to this entry a history is read again: no second reset
+
+    def step(self, entry_id: str) -> Event | None:
+        """Move to an entry that was read; return the notice that comes before it, if any.
+
+        A `gap` precedes the entry. A `reset` takes its place: the cursor is at the start, and the entry comes again.
+        """
+        seq, notice = order(entry_id)[1], None
+        is_rereading = order(entry_id) <= self._quiet_until
+        if self.seq is not None and seq and seq <= self.seq:
+            if not is_rereading:
+                return self._reset(entry_id)
+            self.seq = None  # subtle: a strange entry among ours; counting goes on after it
+        elif seq:
+            if self.seq is not None and seq > self.seq + 1:
+                notice = Event(self.id, "gap", {"missed": seq - self.seq - 1})
+            self.seq = seq
+        self.id = entry_id
+        return notice
+
+    def check_end(self, last_id: str) -> Event | None:
+        """Compare with the id of the stream's last entry ("0-0" for an empty stream), if there is nothing to read.
+
+        Returns a `reset` if the cursor is ahead of the stream.
+        """
+        return self._reset(last_id) if order(last_id) < order(self.id) else None
+
+    def _reset(self, last_id: str) -> Event:
+        notice = Event(self.id, "reset", {"cursor": self.id, "last": last_id})
+        self.id, self.seq, self._quiet_until = "0-0", 0, order(last_id)
+        return notice
+
+
 def follow(
     cursors: dict[str, str], blocking: Client, timeout_seconds: float | None = None
 ) -> Iterator[tuple[str, Event | None]]:
