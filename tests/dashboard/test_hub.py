@@ -490,7 +490,7 @@ def test_cursor_that_a_failover_lost_is_reset_though_the_stream_has_grown(valkey
             reading = Reading(hub, {"t": lost})
             await reading.end()
             assert reading.names() == ["reset", "progress", "progress", "completed"], lost
-            assert reading.items[0].event.fields == {"cursor": lost, "last": "40-3"}
+            assert reading.items[0].event.fields["cursor"] == lost
 
     run(valkey.url, main)
 
