@@ -308,10 +308,11 @@ class Cursor:
         return notice
 
     def check_end(self, last_id: str) -> Event | None:
-        """Compare with the id of the stream's last entry (START for an empty stream), if there is nothing to read.
+        """Compare with the id of the stream's last entry, START for an empty stream: whenever there is nothing to read.
 
         Returns a `reset` if the cursor is ahead of the stream.
         """
+        self._quiet_until = min(self._quiet_until, order(last_id))
         return self._reset(last_id) if order(last_id) < order(self.id) else None
 
     def _reset(self, last_id: str) -> Event:

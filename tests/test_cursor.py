@@ -78,6 +78,8 @@ def test_notices_say_where_to_go_on() -> None:
 def test_stream_that_is_rewritten_twice_is_told_twice() -> None:
     """A reset silences only what it rereads."""
     cursor = Cursor("30-3")
+    assert cursor.step("90-1") is not None
+    assert list(read(cursor, ["10-1", "10-2"])) == ["10-1", "10-2"]  # it was rewritten again before it was reread
 
     assert list(read(cursor, ["40-1", "40-2"])) == ["reset", "40-1", "40-2"]
     assert list(read(cursor, ["50-1"])) == ["reset", "50-1"]
