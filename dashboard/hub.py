@@ -382,6 +382,7 @@ class _Reader:
     def __init__(self, hub: Hub, node: str) -> None:
         self.hub, self.node = hub, node
         self.cursors: dict[str, str] = {}  # task id -> entry id after which it reads
+        self._asked: dict[str, str] = {}  # stream -> entry id after which the read under way reads
         self._blocking = None if node else blocking_client(hub.given, BLOCK_MS / 1000)
         self._wanted = self._reading = 0  # how often streams were added; how many of these the XREAD under way knows
         self._added = asyncio.Event()
@@ -438,9 +439,9 @@ class _Reader:
                 self._client_id = await connection.client_id()
                 while True:
                     await self._until_watched()
-                    streams = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
+                    self._asked = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
                     self._reading = self._wanted
-                    yield await connection.xread(streams, count=PAGE, block=BLOCK_MS)
+                    yield await connection.xread(self._asked, count=PAGE, block=BLOCK_MS)
             finally:
                 self._client_id = None
 
@@ -451,13 +452,13 @@ class _Reader:
         """
         while True:
             await self._until_watched()
-            streams = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
+            self._asked = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
             async with self.hub.client.pipeline() as pipe:
                 # subtle: not XREAD, of each of which redis-py would ask some node first where its keys are
-                for stream, cursor in streams.items():
+                for stream, cursor in self._asked.items():
                     pipe.xrange(stream, f"({cursor}", "+", count=PAGE)
                 replies = await pipe.execute()
-            found = [pair for pair in zip(streams, replies, strict=True) if pair[1]]
+            found = [pair for pair in zip(self._asked, replies, strict=True) if pair[1]]
             yield found
             if not found:
                 await asyncio.sleep(POLL_SECONDS)
@@ -465,10 +466,11 @@ class _Reader:
     def _bring(self, reply: list[Any]) -> None:
         for stream, entries in reply:
             task_id = stream.removeprefix(keys.stream(""))
+            if self.cursors.get(task_id) != self._asked[stream]:
+                continue  # nobody watches it any more, or it is read from another entry on: then it comes again
             for entry_id, fields in entries:
-                if task_id in self.cursors:  # somebody watches it still
-                    self.cursors[task_id] = entry_id
-                    self.hub.bring(task_id, Event.from_entry(entry_id, fields))
+                self.cursors[task_id] = entry_id
+                self.hub.bring(task_id, Event.from_entry(entry_id, fields))
 
 
 class Watcher:
@@ -489,7 +491,6 @@ class Watcher:
         self._has_begun = False
         self._from_now = [task_id for task_id, cursor in cursors.items() if cursor == "$"]
         self._at: dict[str, Cursor] = {}  # of the tasks whose streams have been read
-        self._joined: set[str] = set()
         self._behind = dict.fromkeys(cursors)  # tasks whose stream must be read from the cursor on, in order of coming
         self._queue: deque[Item] = deque()
         self._is_up = True  # as it was told
@@ -599,6 +600,7 @@ class Watcher:
     async def _catch_up(self, task_id: str) -> AsyncIterator[Item]:
         """Yield what a stream holds after the cursor, in pages; join the reader first, so that nothing is missed."""
         redis, stream = self.hub.redis, keys.stream(task_id)
+        self._behind.pop(task_id, None)  # subtle: first, so that what is found out meanwhile lets it be read once more
         try:
             newest = await redis.xrevrange(stream, count=1)
             last = newest[0][0] if newest else START
@@ -608,23 +610,22 @@ class Watcher:
             cursor = self._at.setdefault(task_id, Cursor(self.cursors[task_id]))
             if reset := cursor.check_end(last):
                 yield Item(task_id, reset, is_notice=True)
-                self.cursors[task_id] = cursor.id
+                self._start_over(task_id)
                 self.hub.rewind(task_id, last)
+                return
             has_ended = bool(newest) and newest[0][1].get("event") in keys.TERMINAL
             if has_ended and order(cursor.id) == order(last):
                 self._leave(task_id)
                 return
-            if task_id not in self._joined and not has_ended:
-                self._joined.add(task_id)
+            if not has_ended:
                 self.hub.join(self, task_id, last)
-            self._behind.pop(task_id, None)
             while task_id in self.cursors and not self._closed:
                 page = await redis.xrange(stream, f"({cursor.id}", "+", count=PAGE)
                 for entry in page:
                     for item in self._take(Item(task_id, Event.from_entry(*entry))):
                         yield item
                     if cursor.id == START:
-                        return  # a reset: it is read again
+                        return  # it starts over
                 if len(page) < PAGE:
                     break
         except (RedisError, RedisClusterException) as error:
@@ -642,20 +643,25 @@ class Watcher:
         if notice := cursor.step(event.id):
             yield Item(task_id, notice, is_notice=True)
         if cursor.id == START:
-            self.cursors[task_id] = START
-            self.read_again(task_id)
+            self._start_over(task_id)
             return
         self.cursors[task_id] = event.id  # subtle: not before the gap is out: who goes on from there has not this event
         if event.is_terminal:
             self._leave(task_id)
         yield item
 
+    def _start_over(self, task_id: str) -> None:
+        """Read a stream that was rewritten from its start."""
+        self.cursors[task_id] = START
+        # subtle: what waits may be of the old history, with ids above those of the new one
+        self._queue = deque(item for item in self._queue if item.task_id != task_id)
+        self.read_again(task_id)
+
     def _leave(self, task_id: str) -> None:
         self.cursors.pop(task_id, None)
         self.put_at.pop(task_id, None)
         self._at.pop(task_id, None)
         self._behind.pop(task_id, None)
-        self._joined.discard(task_id)
         self.hub.leave(self, task_id)
 
 

@@ -263,6 +263,10 @@ class Reading:
                 self.told.append((item.event.name, item.event.id))
                 await self.may_go_on.wait()
 
+    async def has_begun(self) -> None:
+        while self.watcher not in self.watcher.hub.watchers.get("t", ()):
+            await asyncio.sleep(0.01)
+
     async def has_told(self, predicate: Callable[[list[Told]], object]) -> None:
         while not predicate(self.told):
             await asyncio.sleep(0.01)
@@ -277,9 +281,15 @@ def test_each_watcher_of_the_hub_hears_reset_once(valkey: Server, rewrite: Calla
         readings = [Reading(hub, "0"), Reading(hub, "0"), Reading(hub, "0", hub.position)]
         for reading in readings:
             await reading.has_told(lambda told: len(told) == LIVE)
-        slow, resumed = Reading(hub, "0"), Reading(hub, past.ids[-1])
+        slow = Reading(hub, "0")
         slow.may_go_on.clear()
         await slow.has_told(len)
+        for n in range(2):  # which wait for the slow one when the stream is rewritten
+            past.ids.append(past.log.add("progress", percent=n, step="s"))
+        for reading in readings:
+            await reading.has_told(lambda told: told[-1][1] == past.ids[-1])
+        resumed = Reading(hub, past.ids[-1])
+        await resumed.has_begun()
 
         await asyncio.to_thread(rewrite, past)
         late = Reading(hub, past.ids[-1])
