@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -29,7 +29,7 @@ from rich.text import Text
 from ailf.messaging.redis import REDIS_ERRORS, blocking_client, decode, encode, is_transient
 from task_streams import Event, TaskLog, TaskQueue, keys
 from task_streams.cli import printable, run
-from task_streams.log import BLOCK_SECONDS, check_cursor, follow, seq_of
+from task_streams.log import BLOCK_SECONDS, Cursor, check_cursor, follow
 
 COMPLETED, FAILED, CANCELLED, NOT_ENDED, NO_SUCH_TASK = range(5)
 EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "cancelled": CANCELLED}
@@ -63,17 +63,21 @@ NOT_IN_TEXT = {"timestamp", "attempt", "seq"}
 # -- events: where they come from -------------------------------------------------------------------------------
 
 
-def read(task_id: str, since: str, queue: TaskQueue) -> list[Event]:
-    """Return the events after an entry id, and before them a `gap` where trimming has passed it."""
-    events = TaskLog(task_id, queue.redis).read(since)
-    seq = seq_of(since)
-    first = events[0].fields.get("seq") if events else None
-    if seq is None or not isinstance(first, int) or first <= seq + 1:
-        return events
-    return [Event(since, "gap", {"missed": first - seq - 1}), *events]
+def read(task_id: str, since: str, queue: TaskQueue) -> Iterator[Event]:
+    """Yield the events after an entry id that there are, with each `gap` and `reset`."""
+    log, cursor = TaskLog(task_id, queue.redis), Cursor(since)
+    while True:
+        events = log.read(cursor.id)
+        yield from cursor.take(events)
+        if not events:
+            last = log.last()  # None: nothing was written, or it has expired
+            reset = last and cursor.check_end(last.id)
+            if reset is None:
+                return
+            yield reset
 
 
-def replay(events: list[Event], speed: float) -> Iterator[Event]:
+def replay(events: Iterable[Event], speed: float) -> Iterator[Event]:
     """Yield the events of a finished task with the pauses that they had, divided by `speed`."""
     before: datetime | None = None
     for event in events:

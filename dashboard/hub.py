@@ -24,7 +24,7 @@ from redis.exceptions import RedisClusterException, RedisError, SlotNotCoveredEr
 
 from ailf.messaging.redis import Client, blocking_client, explain, is_transient, reason_of, url_of
 from task_streams import Event, keys
-from task_streams.log import order, seq_of
+from task_streams.log import START, Cursor, order
 from task_streams.retrying import delays
 
 BLOCK_MS = 5_000  # of one XREAD; whoever joins does not wait for its end
@@ -36,7 +36,7 @@ BUFFER = 1_000  # events that may wait for a watcher before it reads at its own 
 COMMANDS_AT_ONCE = 8  # of all watchers together; each takes a connection as long as it lasts
 NEW_TASKS_SECONDS = 0.5  # between two looks for new tasks, which also tell whether Redis answers
 OVERLAP_MS = 1_000  # by which two such looks overlap
-LOST_STREAMS_SECONDS = 10.0  # between two looks for watched streams that have expired, or begin anew
+LOST_STREAMS_SECONDS = 2.0  # between two looks for watched streams that have expired, or were rewritten
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +204,18 @@ class Hub:
             for reader in self._readers:
                 reader.cursors.pop(task_id, None)
 
+    def rewind(self, task_id: str, last: str) -> None:
+        """Go on reading a stream that was rewritten after its end, `last`, if its reader is ahead of that."""
+        for reader in self._readers:
+            if order(last) < order(reader.cursors.get(task_id, START)):
+                reader.add(task_id, last)
+                self.read_again(task_id)
+
+    def read_again(self, task_id: str) -> None:
+        """Let all who watch a task read its stream from their cursors on."""
+        for watcher in self.watchers.get(task_id, ()):
+            watcher.read_again(task_id)
+
     def spawn(self, steps: Coroutine[Any, Any, None]) -> None:
         """Run something beside, as long as the hub lives."""
         task = asyncio.create_task(steps)
@@ -281,7 +293,7 @@ class Hub:
         self.came(self.core)  # only here: the look for lost streams leaves out what is away
 
     async def _find_lost_streams(self) -> None:
-        """Let those read again whose stream has expired with its end unread, or whose entries have gone."""
+        """Let those read again whose stream has expired with its end unread, or ends before its reader's cursor."""
         for reader in list(self._readers):
             if reader.node in self.away:
                 continue
@@ -302,12 +314,11 @@ class Hub:
                     pipe.hget(keys.record(task_id), "status")
                 replies = await pipe.execute()
             for task_id, newest, status in zip(some, replies[::2], replies[1::2], strict=True):
-                last = newest[0][0] if newest else "0-0"
-                if order(last) < order(cursors[task_id]) or (not newest and status in keys.TERMINAL):
-                    if task_id in reader.cursors:
-                        reader.add(task_id, last)
-                    for watcher in self.watchers.get(task_id, ()):
-                        watcher.read_again(task_id)
+                last = newest[0][0] if newest else START
+                if order(last) < order(cursors[task_id]):
+                    self.rewind(task_id, last)
+                elif not newest and status in keys.TERMINAL:
+                    self.read_again(task_id)
 
     async def _look_after_nodes(self) -> None:
         """Of a cluster: ask those nodes again that are away, and give streams that have moved to the readers there."""
@@ -371,6 +382,7 @@ class _Reader:
     def __init__(self, hub: Hub, node: str) -> None:
         self.hub, self.node = hub, node
         self.cursors: dict[str, str] = {}  # task id -> entry id after which it reads
+        self._asked: dict[str, str] = {}  # stream -> entry id after which the read under way reads
         self._blocking = None if node else blocking_client(hub.given, BLOCK_MS / 1000)
         self._wanted = self._reading = 0  # how often streams were added; how many of these the XREAD under way knows
         self._added = asyncio.Event()
@@ -427,9 +439,9 @@ class _Reader:
                 self._client_id = await connection.client_id()
                 while True:
                     await self._until_watched()
-                    streams = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
+                    self._asked = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
                     self._reading = self._wanted
-                    yield await connection.xread(streams, count=PAGE, block=BLOCK_MS)
+                    yield await connection.xread(self._asked, count=PAGE, block=BLOCK_MS)
             finally:
                 self._client_id = None
 
@@ -440,13 +452,13 @@ class _Reader:
         """
         while True:
             await self._until_watched()
-            streams = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
+            self._asked = {keys.stream(task_id): cursor for task_id, cursor in self.cursors.items()}
             async with self.hub.client.pipeline() as pipe:
                 # subtle: not XREAD, of each of which redis-py would ask some node first where its keys are
-                for stream, cursor in streams.items():
+                for stream, cursor in self._asked.items():
                     pipe.xrange(stream, f"({cursor}", "+", count=PAGE)
                 replies = await pipe.execute()
-            found = [pair for pair in zip(streams, replies, strict=True) if pair[1]]
+            found = [pair for pair in zip(self._asked, replies, strict=True) if pair[1]]
             yield found
             if not found:
                 await asyncio.sleep(POLL_SECONDS)
@@ -454,10 +466,11 @@ class _Reader:
     def _bring(self, reply: list[Any]) -> None:
         for stream, entries in reply:
             task_id = stream.removeprefix(keys.stream(""))
+            if self.cursors.get(task_id) != self._asked[stream]:
+                continue  # nobody watches it any more, or it is read from another entry on: then it comes again
             for entry_id, fields in entries:
-                if task_id in self.cursors:  # somebody watches it still
-                    self.cursors[task_id] = entry_id
-                    self.hub.bring(task_id, Event.from_entry(entry_id, fields))
+                self.cursors[task_id] = entry_id
+                self.hub.bring(task_id, Event.from_entry(entry_id, fields))
 
 
 class Watcher:
@@ -477,8 +490,7 @@ class Watcher:
         self._joined_at = hub.position or 0  # what was put up to then, the hub offers no more
         self._has_begun = False
         self._from_now = [task_id for task_id, cursor in cursors.items() if cursor == "$"]
-        self._seqs: dict[str, int | None] = {}
-        self._joined: set[str] = set()
+        self._at: dict[str, Cursor] = {}  # of the tasks whose streams have been read
         self._behind = dict.fromkeys(cursors)  # tasks whose stream must be read from the cursor on, in order of coming
         self._queue: deque[Item] = deque()
         self._is_up = True  # as it was told
@@ -573,7 +585,7 @@ class Watcher:
         try:
             while self._from_now:
                 newest = await redis.xrevrange(keys.stream(self._from_now[-1]), count=1)
-                self.cursors[self._from_now.pop()] = newest[0][0] if newest else "0-0"
+                self.cursors[self._from_now.pop()] = newest[0][0] if newest else START
             if self._since is not None and self._since < self._joined_at:
                 span = {"start": f"({self._since}", "end": self._joined_at, "byscore": True, "withscores": True}
                 missed = await redis.zrange(keys.UNFINISHED, **span)  # more, and older ones, than RECENT keeps
@@ -588,30 +600,32 @@ class Watcher:
     async def _catch_up(self, task_id: str) -> AsyncIterator[Item]:
         """Yield what a stream holds after the cursor, in pages; join the reader first, so that nothing is missed."""
         redis, stream = self.hub.redis, keys.stream(task_id)
+        self._behind.pop(task_id, None)  # subtle: first, so that what is found out meanwhile lets it be read once more
         try:
             newest = await redis.xrevrange(stream, count=1)
-            last = newest[0][0] if newest else "0-0"
-            cursor = self.cursors[task_id]
+            last = newest[0][0] if newest else START
             if not newest and await self.hub.has_expired(task_id):
                 self._leave(task_id)  # it ended long ago, and its stream has expired
                 return
-            if order(cursor) > order(last) or await self._is_lost(cursor, last, stream):
-                yield Item(task_id, Event(cursor, "reset", {"cursor": cursor, "last": last}), is_notice=True)
-                cursor = "0"
-            self.cursors[task_id], self._seqs[task_id] = cursor, seq_of(cursor)
+            cursor = self._at.setdefault(task_id, Cursor(self.cursors[task_id]))
+            if reset := cursor.check_end(last):
+                yield Item(task_id, reset, is_notice=True)
+                self._start_over(task_id)
+                self.hub.rewind(task_id, last)
+                return
             has_ended = bool(newest) and newest[0][1].get("event") in keys.TERMINAL
-            if has_ended and cursor == last:
+            if has_ended and order(cursor.id) == order(last):
                 self._leave(task_id)
                 return
-            if task_id not in self._joined and not has_ended:
-                self._joined.add(task_id)
+            if not has_ended:
                 self.hub.join(self, task_id, last)
-            self._behind.pop(task_id, None)
             while task_id in self.cursors and not self._closed:
-                page = await redis.xrange(stream, f"({self.cursors[task_id]}", "+", count=PAGE)
+                page = await redis.xrange(stream, f"({cursor.id}", "+", count=PAGE)
                 for entry in page:
                     for item in self._take(Item(task_id, Event.from_entry(*entry))):
                         yield item
+                    if cursor.id == START:
+                        return  # it starts over
                 if len(page) < PAGE:
                     break
         except (RedisError, RedisClusterException) as error:
@@ -620,40 +634,34 @@ class Watcher:
             if task_id in self.cursors:
                 self._behind[task_id] = None  # it is read when its node is back
 
-    async def _is_lost(self, cursor: str, last: str, stream: str) -> bool:
-        """Say whether other entries stand where the cursor's stood, as in a stream that has grown since a failover.
-
-        The terminal's reader looks in the same way (task_streams/log.py).
-        """
-        if not seq_of(cursor) or order(cursor) == order(last):
-            return False
-        redis = self.hub.redis
-        there = await redis.xrevrange(stream, cursor, count=1) or await redis.xrange(stream, count=1)
-        # its own place, or the oldest: with a later number where the cursor's entry was trimmed
-        return bool(there) and there[0][0] != cursor and (seq_of(there[0][0]) or 0) <= (seq_of(cursor) or 0)
-
     def _take(self, item: Item) -> Iterator[Item]:
-        """Yield an event that comes next, after a `gap` where some were trimmed; nothing if it came before."""
+        """Yield an event that comes next, after its `gap`, or a `reset` in its place; nothing if it came before."""
         task_id, event = item.task_id, item.event
-        if task_id not in self.cursors or order(event.id) <= order(self.cursors[task_id]):
+        cursor = self._at.get(task_id)
+        if cursor is None or order(event.id) <= order(cursor.id):
             return
-        seq, before = event.fields.get("seq"), self._seqs[task_id]
-        if isinstance(seq, int):
-            if before is not None and seq > before + 1:
-                missed = Event(self.cursors[task_id], "gap", {"missed": seq - before - 1})
-                yield Item(task_id, missed, is_notice=True)
-            self._seqs[task_id] = seq
+        if notice := cursor.step(event.id):
+            yield Item(task_id, notice, is_notice=True)
+        if cursor.id == START:
+            self._start_over(task_id)
+            return
         self.cursors[task_id] = event.id  # subtle: not before the gap is out: who goes on from there has not this event
         if event.is_terminal:
             self._leave(task_id)
         yield item
 
+    def _start_over(self, task_id: str) -> None:
+        """Read a stream that was rewritten from its start."""
+        self.cursors[task_id] = START
+        # subtle: what waits may be of the old history, with ids above those of the new one
+        self._queue = deque(item for item in self._queue if item.task_id != task_id)
+        self.read_again(task_id)
+
     def _leave(self, task_id: str) -> None:
         self.cursors.pop(task_id, None)
         self.put_at.pop(task_id, None)
-        self._seqs.pop(task_id, None)
+        self._at.pop(task_id, None)
         self._behind.pop(task_id, None)
-        self._joined.discard(task_id)
         self.hub.leave(self, task_id)
 
 

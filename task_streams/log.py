@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ MAX_EVENT_BYTES = 1_000_000  # of an event's fields; larger things belong in a f
 BLOCK_SECONDS = 1.0  # of one XREAD: short, so that Ctrl-C is noticed within a second
 PAGE = 500  # entries per XREAD: history comes in pages
 UNLEASED_PATIENCE_SECONDS = 15.0  # how long an append without a lease is repeated while Redis is away
+START = "0-0"  # the entry id before the first
 RESERVED = frozenset({"event", "timestamp", "attempt", "seq"})
 
 
@@ -225,10 +226,10 @@ class TaskLog:
         """Yield the events after an entry id, then block for more, and end after the terminal event.
 
         `since`: an entry id, "0" for all, or "$" for only what comes from now on (resolved once). Every event comes
-        once and in order. Where trimming has passed the cursor, a `gap` event tells how many were missed; where the
-        cursor is ahead of the stream, as after a failover, a `reset` event comes and the stream is read from its
-        start. Lost connections are made again. Ends, too, where the task has ended and its stream has expired; raises
-        TimeoutError after timeout_seconds.
+        once and in order. If entries were trimmed before they were read, a `gap` event says how many. If the stream was
+        rewritten, as after a failover, a `reset` event comes and the stream is read from its start (see Cursor). Lost
+        connections are made again. Ends, too, if the task has ended and its stream has expired; raises TimeoutError
+        after timeout_seconds.
         """
         for _, event in follow({self.task_id: since}, self._blocking, timeout_seconds):
             if event is not None:
@@ -256,6 +257,70 @@ def order(entry_id: str) -> tuple[int, int]:
     return int(ms), int(seq or 0)
 
 
+class Cursor:
+    """Where a reader is in one stream. Says `gap` if entries were trimmed, and `reset` if the history was rewritten.
+
+    An entry's id is <epoch>-<seq>. The epoch grows with each attempt; seq counts 1, 2, 3 … over the task's whole life.
+    So a jump in seq is a gap. A seq that was there before, or a stream that ends before the cursor, belongs to another
+    history than the one that was read. A seq of 0 is somebody's own XADD: it is shown, and not counted.
+
+    It is pure: it reads nothing and waits for nothing. After a `reset` read again from `cursor.id`, the start. Whatever
+    stands in a stream, reading it to its end takes no more resets than it has entries.
+    """
+
+    __slots__ = ("_is_foreign", "_quiet_until", "id", "seq")
+
+    def __init__(self, entry_id: str = START) -> None:
+        self.id = entry_id  # read on after this entry
+        self.seq = seq_of(entry_id)  # of the last entry that counts; None: not known, so the next one cannot be a gap
+        self._is_foreign = self.seq is None  # the entry at the cursor
+        self._quiet_until = (0, 0)  # up to this entry a history is read again: no second reset
+
+    def take(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Yield events that were read, with each `gap`; stop after a `reset`, since the rest must be read again."""
+        for event in events:
+            if notice := self.step(event.id):
+                yield notice
+                if notice.name == "reset":
+                    return
+            yield event
+
+    def step(self, entry_id: str) -> Event | None:
+        """Move to an entry that was read; return the notice that comes before it, if any.
+
+        A `gap` precedes the entry. A `reset` takes its place: the cursor is at the start, and the entry comes again.
+        """
+        (ms, seq), (last_ms, last_seq), notice = order(entry_id), order(self.id), None
+        # subtle: several XADD * within a millisecond get the ids <ms>-0, <ms>-1, <ms>-2 …
+        follows_foreign = self._is_foreign and (ms, seq) == (last_ms, last_seq + 1)
+        self._is_foreign = seq == 0 or (follows_foreign and seq - 1 != self.seq)
+        if not self._is_foreign:
+            if self.seq is None or seq == self.seq + 1:
+                self.seq = seq
+            elif seq > self.seq:
+                notice = Event(self.id, "gap", {"missed": seq - self.seq - 1})
+                self.seq = seq
+            elif (ms, seq) > self._quiet_until:
+                return self._reset(entry_id)
+            else:
+                self.seq = None  # subtle: a strange entry among ours; counting goes on after it
+        self.id = entry_id
+        return notice
+
+    def check_end(self, last_id: str) -> Event | None:
+        """Compare with the id of the stream's last entry, START for an empty stream: whenever there is nothing to read.
+
+        Returns a `reset` if the cursor is ahead of the stream.
+        """
+        self._quiet_until = min(self._quiet_until, order(last_id))
+        return self._reset(last_id) if order(last_id) < order(self.id) else None
+
+    def _reset(self, last_id: str) -> Event:
+        notice = Event(self.id, "reset", {"cursor": self.id, "last": last_id})
+        self.id, self.seq, self._quiet_until = START, 0, order(last_id)
+        return notice
+
+
 def follow(
     cursors: dict[str, str], blocking: Client, timeout_seconds: float | None = None
 ) -> Iterator[tuple[str, Event | None]]:
@@ -266,31 +331,29 @@ def follow(
     TaskLog.follow for the rest.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    seqs: dict[str, int | None] = {}
+    at: dict[str, Cursor] = {}
+    look_at = 0.0  # time.monotonic() at which to look at the ends of all streams
     away, wait = False, delays()
     while cursors:
         if deadline is not None and time.monotonic() >= deadline:
             raise TimeoutError(f"no end within {timeout_seconds:g} s")
         try:
-            while new := cursors.keys() - seqs.keys():  # subtle: again, since whoever gets an event may add a task
-                for task_id in new:
-                    for event in _start(task_id, cursors, seqs, blocking):
-                        yield task_id, event
+            # subtle: again, since whoever gets an event may add a task
+            while (new := cursors.keys() - at.keys()) or (cursors and time.monotonic() >= look_at):
+                if not new:
+                    look_at = time.monotonic() + BLOCK_SECONDS
+                yield from _look(list(new or cursors), cursors, at, blocking)
             if not cursors:
                 return
             left = BLOCK_SECONDS if deadline is None else deadline - time.monotonic()
             block_ms = max(1, int(min(left, BLOCK_SECONDS) * 1000))  # subtle: 0 would block for ever
-            streams = {keys.stream(task_id): cursor for task_id, cursor in cursors.items()}
-            reply = _xread(blocking, streams, block_ms)
-            for task_id in [] if reply else _expired(list(cursors), blocking):
-                del cursors[task_id], seqs[task_id]
+            reply = _xread(blocking, {keys.stream(task_id): cursor.id for task_id, cursor in at.items()}, block_ms)
         except REDIS_ERRORS as error:
             if not is_transient(error):
                 raise
             if not away:
                 logger.warning("lost Redis (%s); waiting for it", reason_of(error))
-            away = True
-            seqs.clear()  # look at each stream anew: after a failover a cursor may be ahead of it
+            away, look_at = True, 0.0  # after a failover a cursor may be ahead of its stream
             time.sleep(next(wait))
             continue
         if away:
@@ -300,24 +363,13 @@ def follow(
             yield "", None
         for stream, entries in reply:
             task_id = stream.removeprefix(keys.stream(""))
-            for entry in entries:
-                event = Event.from_entry(*entry)
-                seq, expected = event.fields.get("seq"), seqs[task_id]
-                if isinstance(seq, int):
-                    if expected and seq <= expected and _is_unknown(cursors[task_id], event.id, task_id, blocking):
-                        # the server became a replica of one that has other entries, and kept this connection
-                        yield task_id, Event(cursors[task_id], "reset", {"cursor": cursors[task_id], "last": event.id})
-                        cursors[task_id], seqs[task_id] = "0", 0
-                        break
-                    if expected is not None and seq > expected + 1:
-                        yield task_id, Event(cursors[task_id], "gap", {"missed": seq - expected - 1})
-                    seqs[task_id] = seq
-                cursors[task_id] = event.id
+            for event in at[task_id].take(Event.from_entry(*entry) for entry in entries):
+                cursors[task_id] = event.id  # of a notice, the id before it
                 if event.is_terminal:
-                    del cursors[task_id], seqs[task_id]
-                    yield task_id, event
-                    break
+                    del cursors[task_id], at[task_id]
                 yield task_id, event
+                if event.is_terminal:
+                    break
 
 
 def _xread(blocking: Client, streams: dict[str, str], block_ms: int) -> list[Any]:
@@ -329,37 +381,23 @@ def _xread(blocking: Client, streams: dict[str, str], block_ms: int) -> list[Any
     return [reply for stream_replies in replies for reply in stream_replies]
 
 
-def _start(task_id: str, cursors: dict[str, str], seqs: dict[str, int | None], redis: Client) -> Iterator[Event]:
-    """Resolve `$` once, put a cursor that is not of its stream back to the start, and drop one that is at the end."""
-    cursor = cursors[task_id]
-    newest = redis.xrevrange(keys.stream(task_id), count=1)
-    last = newest[0][0] if newest else "0-0"
-    if cursor == "$":
-        cursor = last
-    elif _is_unknown(cursor, last, task_id, redis) and not _expired([task_id], redis):
-        yield Event(cursor, "reset", {"cursor": cursor, "last": last})
-        cursor = "0"
-    if newest and cursor == last and newest[0][1].get("event") in keys.TERMINAL:
-        del cursors[task_id]
-    else:
-        cursors[task_id], seqs[task_id] = cursor, seq_of(cursor)
-
-
-def _is_unknown(cursor: str, last: str, task_id: str, redis: Client) -> bool:
-    """Say whether a failover has lost the entry at the cursor: it is ahead, or others stand where it stood."""
-    if order(cursor) >= order(last) or not seq_of(cursor):
-        return order(cursor) > order(last)
-    stream = keys.stream(task_id)
-    there = redis.xrevrange(stream, cursor, count=1) or redis.xrange(stream, count=1)  # its own place, or the oldest
-    return bool(there) and there[0][0] != cursor and (seq_of(there[0][0]) or 0) <= (seq_of(cursor) or 0)  # not trimmed
-
-
-def _expired(task_ids: list[str], redis: Client) -> list[str]:
-    """Return those tasks that have ended and whose streams are gone."""
+def _look(
+    task_ids: list[str], cursors: dict[str, str], at: dict[str, Cursor], redis: Client
+) -> Iterator[tuple[str, Event]]:
+    """Look at the ends of streams: begin to read the new ones, yield a `reset` for those that end before the cursor,
+    and drop those of which there is nothing more to come."""
     with redis.pipeline(transaction=False) as pipe:
         for task_id in task_ids:  # subtle: in this order, since a task may begin and end between the two
             pipe.hget(keys.record(task_id), "status")
-            pipe.exists(keys.stream(task_id))
+            pipe.xrevrange(keys.stream(task_id), count=1)
         replies = pipe.execute()
-    pairs = zip(task_ids, replies[::2], replies[1::2], strict=True)
-    return [task_id for task_id, status, stream in pairs if not stream and status in keys.TERMINAL]
+    for task_id, status, newest in zip(task_ids, replies[::2], replies[1::2], strict=True):
+        last, entry = newest[0] if newest else (START, {})
+        since = cursors[task_id]
+        cursor = at.setdefault(task_id, Cursor(last if since == "$" else since))
+        has_expired = not newest and status in keys.TERMINAL
+        if not has_expired and (reset := cursor.check_end(last)):
+            yield task_id, reset
+        cursors[task_id] = cursor.id
+        if has_expired or (entry.get("event") in keys.TERMINAL and order(cursor.id) == order(last)):
+            del cursors[task_id], at[task_id]

@@ -204,9 +204,9 @@ def test_entry_added_by_hand_is_tolerated(valkey: Server) -> None:
     client = valkey.client()
     log = TaskLog("t", client)
     log.add("progress", percent=1)
-    client.xadd(keys.stream("t"), {"note": "by hand"}, id=f"{int(time.time() * 1000) + 5_000}-9")
+    client.xadd(keys.stream("t"), {"note": "by hand"}, id=f"{int(time.time() * 1000) + 5_000}-0")
     log.add("progress", percent=2)
-    client.xadd(keys.stream("t"), {"note": "again"})
+    client.xadd(keys.stream("t"), {"note": "again"}, id=f"{int(time.time() * 1000) + 10_000}-0")
     log.add("completed", result=None)
 
     followed = list(log.follow())

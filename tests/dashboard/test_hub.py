@@ -136,7 +136,7 @@ def test_many_watchers_get_exactly_what_the_stream_holds(valkey: Server) -> None
         expected = ids_of(valkey, "t")
         assert len(expected) == 801
         assert all(reading.ids() == expected for reading in readings)
-        assert len(valkey.client().client_list()) < 5 + hub_module.COMMANDS_AT_ONCE
+        assert len(valkey.client().client_list()) <= 5 + hub_module.COMMANDS_AT_ONCE
 
     run(valkey.url, main)
 
@@ -353,7 +353,9 @@ def test_watchers_that_go_leave_nothing_behind(valkey: Server) -> None:
         for _ in range(5):
             hub.watch({"t": "0"}, hub.position)  # as for HEAD
         early = [asyncio.create_task(anext(aiter(hub.watch({"t": "0"})))) for _ in range(5)]
-        await until(lambda: all(reading.watcher._joined for reading in waiting + closed), "they wait")
+        await until(
+            lambda: hub.watchers.get("t", set()) >= {reading.watcher for reading in waiting + closed}, "they wait"
+        )
 
         for reading in closed:
             reading.watcher.close()
@@ -502,7 +504,7 @@ def test_cursor_that_a_failover_lost_is_reset_though_the_stream_has_grown(valkey
             reading = Reading(hub, {"t": lost})
             await reading.end()
             assert reading.names() == ["reset", "progress", "progress", "completed"], lost
-            assert reading.items[0].event.fields == {"cursor": lost, "last": "40-3"}
+            assert reading.items[0].event.fields["cursor"] == lost
 
     run(valkey.url, main)
 
