@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Result, typed
 from conftest import ROOT, Server, free_port, wait_until
 from redis import Redis
-from test_scripts import Result, elements, finished, on_terminal
+from test_scripts import elements, finished, on_terminal
 
 from ailf.messaging.redis import RedisUnavailable, embedded
 from task_streams import Task, TaskLog, TaskQueue, keys
@@ -33,14 +34,11 @@ def queue(valkey: Server) -> TaskQueue:
 
 
 @pytest.fixture
-def admin(valkey: Server, script: Start) -> Callable[..., Result]:
+def admin(valkey: Server) -> Callable[..., Result]:
     """Type a command and wait for its end: admin("import", "-", stdin="…")."""
 
-    def run(*command: str, stdin: str | bytes = b"", url: str = valkey.url) -> Result:
-        process = script(url, *ADMIN, *command, stdin=subprocess.PIPE, text=False)
-        out, err = process.communicate(stdin.encode() if isinstance(stdin, str) else stdin, timeout=PATIENCE_SECONDS)  # type: ignore[arg-type]
-        assert b"Traceback" not in err, err.decode()  # type: ignore[operator,attr-defined]
-        return Result(process.returncode, out.decode(), err.decode())  # type: ignore[attr-defined]
+    def run(*command: str, url: str = valkey.url, **options: Any) -> Result:
+        return typed(url, *ADMIN, *command, **options)
 
     return run
 
@@ -83,10 +81,10 @@ Worker = Callable[..., "subprocess.Popen[str]"]
 class Terminal:
     """A command on a terminal of its own: what it has written, keys to press, its exit code."""
 
-    def __init__(self, url: str, *command: str, term: str = "xterm-256color") -> None:
+    def __init__(self, url: str, *command: str) -> None:
         self.pid, self.master = pty.fork()
         if self.pid == 0:
-            os.environ.update(REDIS_URL=url, TERM=term, COLUMNS="100", LINES="30")
+            os.environ.update(REDIS_URL=url, TERM="xterm-256color", COLUMNS="100", LINES="30")
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, *ADMIN, *command])
         self.seen = ""
@@ -124,8 +122,8 @@ class Terminal:
 def terminal(valkey: Server) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def start(*command: str, **options: str) -> Terminal:
-        opened.append(Terminal(valkey.url, *command, **options))
+    def start(*command: str) -> Terminal:
+        opened.append(Terminal(valkey.url, *command))
         return opened[-1]
 
     yield start
@@ -194,21 +192,19 @@ def take_all(queue: TaskQueue, worker: str) -> list[Task]:
     return taken
 
 
-def test_only_some_running_tasks_are_listed_and_the_rest_is_counted(
-    admin: Admin, queue: TaskQueue, terminal: Callable[..., Terminal]
-) -> None:
+def test_only_some_running_tasks_are_listed_and_the_rest_is_counted(admin: Admin, queue: TaskQueue) -> None:
     """The longest-running ones come first."""
     queue.put_many({"n": n} for n in range(50))
     take_all(queue, "test")
 
     state, lines = status_of(admin), admin("status").lines
-    once = terminal("status", "--once")
+    once = admin("status", "--once", terminal=True)
 
     assert (state["running"], [task["id"] for task in state["tasks"]]) == (50, [str(n) for n in range(1, 21)])
     assert sum(line.startswith("task ") for line in lines) == 20
     assert lines[-1] == "more_tasks 30"
-    assert once.end() == 0
-    assert "… and 30 more" in once.seen
+    assert once.code == 0
+    assert "… and 30 more" in once.out
 
 
 def test_running_task_is_shown_with_its_worker_until_that_is_killed(
@@ -268,25 +264,25 @@ def test_live_status_outlives_a_restart_of_the_server(
     live.wait_for("1,234")
 
 
-def test_dumb_terminal_gets_one_look(terminal: Callable[..., Terminal]) -> None:
+def test_dumb_terminal_gets_one_look(admin: Admin) -> None:
     """It cannot be redrawn."""
-    once = terminal("status", term="dumb")
+    once = admin("status", terminal=True, term="dumb")
 
-    assert once.end() == 0
-    assert "waiting" in once.seen
+    assert once.code == 0
+    assert "waiting" in once.out
 
 
-def test_names_cannot_steer_the_terminal(admin: Admin, queue: TaskQueue, terminal: Callable[..., Terminal]) -> None:
+def test_names_cannot_steer_the_terminal(admin: Admin, queue: TaskQueue) -> None:
     """Control characters in ids, workers and reasons are shown as escapes, and Rich's markup as it is."""
     queue.put({})
     take_all(queue, HOSTILE)
     queue.redis.hset(keys.record(HOSTILE), mapping=queue.redis.hgetall(keys.record("1")))
     queue.redis.zadd(keys.LEASES, {HOSTILE: 1})
     queue.bury({"id": HOSTILE, "reason": HOSTILE, "attempts": HOSTILE})
-    on_screen = [terminal("status", "--once"), terminal("dead")]
+    on_screen = [admin("status", "--once", terminal=True), admin("dead", terminal=True)]
 
-    assert [one.end() for one in on_screen] == [0, 0]
-    for text in [one.seen for one in on_screen] + [admin("status").out, admin("dead").out]:
+    assert [one.code for one in on_screen] == [0, 0]
+    for text in [one.out for one in on_screen] + [admin("status").out, admin("dead").out]:
         assert "\x1b[31m" not in text
         assert "\x07" not in text
         assert text.count(SHOWN) >= 2
@@ -311,18 +307,16 @@ def test_waiting_task_is_cancelled_with_the_reason(admin: Admin, queue: TaskQueu
     assert again.err == "task_streams: task t has ended already: cancelled\n"
 
 
-def test_running_task_is_ended_by_its_worker(
-    admin: Admin, queue: TaskQueue, worker: Worker, terminal: Callable[..., Terminal]
-) -> None:
+def test_running_task_is_ended_by_its_worker(admin: Admin, queue: TaskQueue, worker: Worker) -> None:
     """On a terminal it says so in words."""
     queue.put({"steps": 1_000, "seconds": 0.1})
     worker()
     wait_for_status(admin, lambda state: state["running"], "it runs")
 
-    cancel = terminal("cancel", "1")
+    cancel = admin("cancel", "1", terminal=True)
 
-    assert cancel.end() == 0
-    assert "task 1: asked to stop" in cancel.seen
+    assert cancel.code == 0
+    assert "task 1: asked to stop" in cancel.out
     wait_for_status(admin, lambda state: state["cancelled"], "it is cancelled")
     end = TaskLog("1", queue.redis).last()
     assert end is not None
@@ -359,15 +353,15 @@ def test_dead_letters_are_listed_newest_first(admin: Admin, queue: TaskQueue) ->
     assert newest["failed_at"] >= second["failed_at"]
 
 
-def test_dead_letters_are_a_table_on_a_terminal(queue: TaskQueue, terminal: Callable[..., Terminal]) -> None:
+def test_dead_letters_are_a_table_on_a_terminal(admin: Admin, queue: TaskQueue) -> None:
     """A large count of them takes no more room than the limit."""
     finished(queue, "failed")
 
-    shown = terminal("dead", "--limit", "1")
+    shown = admin("dead", "--limit", "1", terminal=True)
 
-    assert shown.end() == 0
-    assert "reason" in shown.seen
-    assert "1" in shown.seen.splitlines()[1]
+    assert shown.code == 0
+    assert "reason" in shown.out
+    assert "1" in shown.lines[1]
 
 
 def test_no_dead_letters_is_said_beside_an_empty_output(admin: Admin) -> None:
@@ -375,17 +369,17 @@ def test_no_dead_letters_is_said_beside_an_empty_output(admin: Admin) -> None:
     assert admin("dead") == admin("dead", "--json") == (0, "", "task_streams: no dead letters\n")
 
 
-def test_dead_tasks_are_queued_again(admin: Admin, queue: TaskQueue, terminal: Callable[..., Terminal]) -> None:
+def test_dead_tasks_are_queued_again(admin: Admin, queue: TaskQueue) -> None:
     """In a pipe the new ids, on a terminal a sentence."""
     finished(queue, "failed")
 
     result = admin("requeue")
     finished(queue, "failed")  # takes the older one, 1.r2
-    shown = terminal("requeue")
+    shown = admin("requeue", terminal=True)
 
     assert (result.code, result.lines) == (0, ["1.r2"])
-    assert shown.end() == 0
-    assert "task 1.r2 is queued again as 1.r3" in shown.seen
+    assert shown.code == 0
+    assert "task 1.r2 is queued again as 1.r3" in shown.out
     assert [element["data"] for element in elements(queue)] == [{"type": "process_data"}] * 2
 
 

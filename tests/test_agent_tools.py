@@ -27,7 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\6\0\0\0"
 ELF = b"\x7fELF\2\1\1\0\0\0\0\0\0\0\0\0\3\0>\0"
 ZIP = b"PK\3\4\x14\0\0\0\x08\0\0\0!\0"
 # each example writes its own file, so they may share tmp_path
-PROPERTY = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 Patch = pytest.MonkeyPatch
 Result = dict[str, Any]
@@ -324,15 +324,16 @@ def test_text_is_described_by_its_words(data: Data, write: Write) -> None:
     assert data.describe("7.txt")["words"] == 1
 
 
-def test_result_of_5000_columns_is_small(data: Data, write: Write) -> None:
-    """5,000 columns with long names and values are read; each result says how many of them it leaves out."""
-    names = [f"\N{GRINNING FACE}column {n} " + "x" * 100 for n in range(5000)]
-    write("t.csv", ",".join(names) + "\n" + (",".join(["\x01" * 100] * 5000) + "\n") * 3)
+@pytest.mark.parametrize("count", [table.BATCH_COLUMNS + 1, pytest.param(5000, marks=pytest.mark.chaos)])
+def test_result_of_many_columns_is_small(data: Data, write: Write, count: int) -> None:
+    """Many columns with long names and values are read; each result says how many of them it leaves out."""
+    names = [f"\N{GRINNING FACE}column {n} " + "x" * 100 for n in range(count)]
+    write("t.csv", ",".join(names) + "\n" + (",".join(["\x01" * 100] * count) + "\n") * 3)
 
     results = [DataProcessor(data.root).describe("t.csv"), data.load_file("t.csv"), data.query("t.csv", "FROM data")]
 
     for result in results:
-        assert len(result["columns"]) + result["columns_left_out"] == 5000
+        assert len(result["columns"]) + result["columns_left_out"] == count
         assert json_size(result) < 150_000
 
 
@@ -500,9 +501,6 @@ def test_groups_agree_with_python(data: Data, rows: list[tuple[str, int]]) -> No
         "-- nothing",
         "hello",
         "SELECT ?",
-        "SELECT \ud800",
-        "(" * 10_000,
-        "SELECT " + "1+" * 20_000 + "1",
     ],
 )
 def test_sql_that_reaches_out_is_refused(data: Data, write: Write, monkeypatch: Patch, sql: str) -> None:
@@ -514,17 +512,28 @@ def test_sql_that_reaches_out_is_refused(data: Data, write: Write, monkeypatch: 
     before = {path: path.read_bytes() for path in data.root.parent.rglob("*") if path.is_file()}
     rows = ["hunter2"]
 
-    message = refused(lambda: DataProcessor(data.root).query("t.csv", sql.format(root=data.root)))
+    message = refused(lambda: data.query("t.csv", sql.format(root=data.root)))
 
     assert rows[0] not in message and "root:" not in message
     assert {path: path.read_bytes() for path in data.root.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "sql", ["SELECT getenv('SECRET')", "SELECT \ud800", "(" * 10_000, "SELECT " + "1+" * 20_000 + "1"]
+)
+def test_tool_call_refuses_sql_too(data: Data, write: Write, monkeypatch: Patch, sql: str) -> None:
+    """The real call sees no environment, and survives what DuckDB's parser cannot take."""
+    write("t.csv", SHOP)
+    monkeypatch.setenv("SECRET", "hunter2")
+
+    assert "hunter2" not in refused(lambda: DataProcessor(data.root).query("t.csv", sql))
 
 
 @pytest.mark.parametrize("sql", [None, 7, ["SELECT 1"], {"sql": "SELECT 1"}])
 def test_sql_that_is_no_text_is_refused(data: Data, write: Write, sql: Any) -> None:
     write("t.csv", SHOP)
 
-    refused(lambda: DataProcessor(data.root).query("t.csv", sql), "expected text")
+    refused(lambda: data.query("t.csv", sql), "expected text")
 
 
 ENDLESS = [
@@ -753,30 +762,39 @@ def test_corrupt_gzip_is_refused(data: Data, write: Write, place: int) -> None:
     refused(lambda: data.load_file("t.txt.gz"), "t.txt.gz is damaged gzip")
 
 
+ENDLESS_RECORDS = {
+    "line": ("t.csv", b"x" * 4_000_000),
+    "field": ("t.csv", b"a,b\n" + b"x" * 4_000_000 + b",1\n"),
+    "quoted": ("t.csv", b'a,b\n"' + b"xxxxxxxxxxx\n" * 400_000 + b'",1\n'),
+    "open quote": ("t.csv", b'a,b\n1,"2\n' + b"3,4\n" * 1_000_000),
+    "text": ("t.txt", b"x" * 4_000_000),
+    "jsonl": ("t.jsonl", b'{"a": "' + b"x" * 4_000_000),
+    "json": ("t.json", b'["' + b"x" * 4_000_000),
+    "object": ("t.json", b'{"a": "' + b"x" * 4_000_000),
+    "commas": ("t.csv", b"," * 1_000_000 + b"\n1\n"),
+    "keys": ("t.json", json.dumps([{f"c{n}": n for n in range(table.MAX_COLUMNS + 1)}]).encode()),
+}
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("t.csv", b"x" * 20_000_000),
-        ("t.csv", b"a,b\n" + b"x" * 12_000_000 + b",1\n"),
-        ("t.csv", b'a,b\n"' + b"xxxxxxxxxxx\n" * 1_000_000 + b'",1\n'),
-        ("t.csv", b'a,b\n1,"2\n' + b"3,4\n" * 1_000_000),
-        ("t.txt", b"x" * 20_000_000),
-        ("t.jsonl", b'{"a": "' + b"x" * 20_000_000),
-        ("t.json", b'["' + b"x" * 20_000_000),
-        ("t.json", b'{"a": "' + b"x" * 20_000_000),
-        ("t.csv", b"," * 1_000_000 + b"\n1\n"),
-        ("t.json", json.dumps([{f"c{n}": n for n in range(20_000)}]).encode()),
-    ],
-    ids=["line", "field", "quoted", "open quote", "text", "jsonl", "json", "object", "commas", "keys"],
-)
-def test_endless_records_are_refused(
-    data: Data, write: Write, name: str, content: bytes, pack: Callable[[bytes], bytes]
-) -> None:
-    """A record, a quote or a header without an end is not kept whole in memory."""
+@pytest.mark.parametrize("what", ENDLESS_RECORDS)
+def test_endless_records_are_refused(data: Data, write: Write, what: str, pack: Callable[[bytes], bytes]) -> None:
+    """A record, a quote or a header of over 3 MB, or of over 10,000 columns: one clear line."""
+    name, content = ENDLESS_RECORDS[what]
     write(name, pack(content))
 
-    refused(lambda: DataProcessor(data.root).load_file(name), name)
+    refused(lambda: data.load_file(name), name)
+
+
+@pytest.mark.parametrize(("name", "pack"), [("t.csv", bytes), ("t.txt", gzip.compress), ("t.json", gzip.compress)])
+def test_tool_call_does_not_keep_an_endless_record_in_memory(
+    data: Data, write: Write, name: str, pack: Callable[[bytes], bytes]
+) -> None:
+    write(name, pack(b'["' + b"x" * 20_000_000))
+
+    message = refused(lambda: DataProcessor(data.root).load_file(name), name)
+
+    assert "too much memory" not in message
 
 
 @pytest.mark.parametrize(
@@ -808,7 +826,7 @@ def test_bad_json_is_refused(data: Data, write: Write, name: str, content: str, 
 
 
 @given(content=st.binary(max_size=300), name=st.sampled_from(["t", "t.csv", "t.json", "t.jsonl", "t.txt"]))
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=60)
 def test_any_bytes_give_a_result_or_a_tool_error(data: Data, content: bytes, name: str) -> None:
     """No content of a file makes a tool raise anything else, or return what JSON cannot hold."""
     (data.root / name).write_bytes(content)
@@ -823,10 +841,16 @@ def test_any_bytes_give_a_result_or_a_tool_error(data: Data, content: bytes, nam
 
 
 # -- memory -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["big.csv", "big.csv.gz", "big.json.gz", "big.jsonl", "big.txt"])
-def test_large_file_fits_into_the_memory(data: Data, name: str) -> None:
-    """118 MB of rows are described and grouped in a process that may take 220 MB, with the right sums."""
-    is_json, blocks, block = "json" in name, 118, range(1000)
+LARGE = ["big.csv", "big.csv.gz", "big.json.gz", "big.jsonl", "big.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("big.csv.gz", 24), ("big.jsonl", 24), *(pytest.param(name, 118, marks=pytest.mark.chaos) for name in LARGE)],
+)
+def test_large_file_fits_into_the_memory(data: Data, name: str, blocks: int) -> None:
+    """As many MB of rows are described and grouped in a process whose memory is limited, with the right sums."""
+    is_json, block = "json" in name, range(1000)
     end = ",\n" if name.startswith("big.json.") else "\n"
     with gzip.open(data.root / name, "wb", 1) if name.endswith("gz") else (data.root / name).open("wb") as file:
         rows = [{"k": f"k{n % 3}", "n": n, "text": "x" * 980} for n in block]
@@ -840,7 +864,7 @@ def test_large_file_fits_into_the_memory(data: Data, name: str) -> None:
     described = tool.describe(name)
 
     if name.endswith("txt"):
-        assert described["lines"] == 118_001
+        assert described["lines"] == 1000 * blocks + 1
         return
     groups = tool.query(name, "SELECT k, sum(n) FROM data GROUP BY k ORDER BY k")["rows"]
     assert described["columns"]["n"]["sum"] == blocks * sum(block)

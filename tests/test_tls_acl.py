@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from commands import typed
 from conftest import ROOT, Server, free_port, lacking, wait_until
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -37,12 +38,11 @@ PAGE = (ROOT / "docs" / "security.md").read_text()
 ROLES = ("producer", "worker", "reader", "dashboard", "admin")
 
 
-def result(process: "subprocess.Popen[Any]", code: int = 0) -> tuple[str, str]:
-    """Wait for a script's end; return what it wrote to stdout and stderr."""
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "Traceback" not in err, err
-    return str(out), str(err)
+def run(url: str, *command: str, code: int = 0) -> tuple[str, str]:
+    """Run a script to its end; return what it wrote to stdout and stderr."""
+    done = typed(url, *command)
+    assert done.code == code, done.err
+    return done.out, done.err
 
 
 class Web:
@@ -155,9 +155,9 @@ def tls_topology(request: pytest.FixtureRequest) -> str:
 
 def test_scripts_work_over_tls(tls: TlsServer, script: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Producer, worker, reader, dashboard and PubSub, by a rediss:// URL that names the CA."""
-    ids = result(script(tls.url, "producer.py"))[0].split()
-    said = result(script(tls.url, "consumer.py", "--burst"))[1]
-    shown = result(script(tls.url, "stream_reader.py", *ids))[0]
+    ids = run(tls.url, "producer.py")[0].split()
+    said = run(tls.url, "consumer.py", "--burst")[1]
+    shown = run(tls.url, "stream_reader.py", *ids)[0]
     web = Web(script, tls.url)
 
     assert f"rediss://localhost:{tls.port}" in said
@@ -183,7 +183,7 @@ def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsS
     for query in (f"?ssl_ca_certs={tls.directory}/other.crt", "", f"?ssl_ca_certs={tls.directory}/none.crt"):
         url = f"rediss://localhost:{tls.port}/0{query}"
         for program in ("producer.py", "consumer.py", "dashboard.py"):
-            _, err = result(script(url, program), code=1)
+            _, err = run(url, program, code=1)
             assert re.fullmatch(rf"no secure connection to Redis at {re.escape(url)} \(.*\)\. {advice(query)}.*\n", err)
 
 
@@ -197,16 +197,16 @@ def test_certificate_for_another_name_is_told_apart() -> None:
 
 def test_server_with_tls_refuses_a_plain_connection_in_one_line(tls: TlsServer, script: Start) -> None:
     """redis:// instead of rediss://: exit code 1."""
-    _, err = result(script(f"redis://localhost:{tls.port}", "producer.py"), code=1)
+    _, err = run(f"redis://localhost:{tls.port}", "producer.py", code=1)
 
     assert err.startswith("cannot reach Redis at redis://localhost") and err.count("\n") == 1
 
 
 def test_scripts_work_over_tls_on_cluster_and_sentinel(tls_topology: str, script: Start) -> None:
     """Producer, worker and reader, by a rediss+cluster:// and a rediss+sentinel:// URL that name the CA."""
-    ids = result(script(tls_topology, "producer.py"))[0].split()
-    said = result(script(tls_topology, "consumer.py", "--burst"))[1]
-    shown = result(script(tls_topology, "stream_reader.py", *ids))[0]
+    ids = run(tls_topology, "producer.py")[0].split()
+    said = run(tls_topology, "consumer.py", "--burst")[1]
+    shown = run(tls_topology, "stream_reader.py", *ids)[0]
 
     assert f" at {tls_topology.partition('://')[0]}://" in said
     assert len(ids) == 2
@@ -258,7 +258,7 @@ def test_wrong_ca_is_refused_in_one_line_on_cluster_and_sentinel(
             with pytest.raises(RedisUnavailable) as refused:
                 call()
             assert re.fullmatch(line, str(refused.value))
-        _, err = result(script(url, "producer.py"), code=1)
+        _, err = run(url, "producer.py", code=1)
         assert re.fullmatch(line + r"\n", err)
 
 
@@ -293,31 +293,31 @@ def users(server: Server) -> Users:
 def test_users_of_the_page_may_do_their_work(users: Users, script: Start, tmp_path: Path) -> None:
     """Each script as its user: put, work, fail, retry, recover, rate-limit, watch, cancel, requeue. No NOPERM."""
     put = ["--type", "process_data", "--payload", '{"file": "sample_data/sales.csv"}']
-    ids = result(script(users.url("producer"), "producer.py", *put, "--count", "3"))[0].split()
-    result(script(users.url("producer"), "producer.py", *put, "--id", "own"))
-    result(script(users.url("producer"), "producer.py", *put, "--id", "own"))
-    failing = result(script(users.url("producer"), "producer.py", "--type", "nonsense"))[0].strip()
+    ids = run(users.url("producer"), "producer.py", *put, "--count", "3")[0].split()
+    run(users.url("producer"), "producer.py", *put, "--id", "own")
+    run(users.url("producer"), "producer.py", *put, "--id", "own")
+    failing = run(users.url("producer"), "producer.py", "--type", "nonsense")[0].strip()
     users.admin.lpush(keys.QUEUE, "no task", '{"id": "by-hand", "data": {"type": "nonsense"}}')
     agent = ["agent_consumer.py", "--burst", "--concurrency", "2", "--llm-delay", "0", "--lease", "1"]
     for fault in ("popped", "claimed"):  # what they leave is found and done
         script(users.url("worker"), *agent, env={"TASK_STREAMS_FAULT": fault}).wait(timeout=60)
-    result(script(users.url("worker"), *agent, "--llm-rate", "100/s"))
+    run(users.url("worker"), *agent, "--llm-rate", "100/s")
 
-    shown = result(script(users.url("reader"), "stream_reader.py", *ids, "own", "--timeout", "30"))[0]
+    shown = run(users.url("reader"), "stream_reader.py", *ids, "own", "--timeout", "30")[0]
     assert shown.count(" completed ") >= 4
-    result(script(users.url("reader"), "stream_reader.py", "own", "--replay", "1000"))
+    run(users.url("reader"), "stream_reader.py", "own", "--replay", "1000")
     everything = script(users.url("reader"), "stream_reader.py", "--all")
 
     work_as_dashboard(Web(script, users.url("dashboard")), users, script, failing)
 
-    admin = partial(script, users.url("admin"), "-m", "task_streams")
-    assert "by-hand" in result(admin("dead"))[0]
-    again = result(admin("requeue"))[0].split()
+    admin = partial(run, users.url("admin"), "-m", "task_streams")
+    assert "by-hand" in admin("dead")[0]
+    again = admin("requeue")[0].split()
     assert "by-hand.r2" in again
-    assert f"waiting {len(again)}" in result(admin("status"))[0]
-    result(admin("cancel", *again))
+    assert f"waiting {len(again)}" in admin("status")[0]
+    admin("cancel", *again)
     (tmp_path / "tasks.jsonl").write_text('{"type": "nonsense"}')
-    result(admin("import", str(tmp_path / "tasks.jsonl")))
+    admin("import", str(tmp_path / "tasks.jsonl"))
     everything.terminate()
     assert "cancelled" in everything.communicate(timeout=60)[0]
     assert users.refused() == []
@@ -333,10 +333,10 @@ def test_users_of_the_page_may_work_on_a_cluster(tmp_path: Path, script: Start) 
         users = Users(server, *more[0].split())
         urls = {role: users.url(role).replace("redis://", "redis+cluster://") for role in ROLES}
 
-        task_id = result(script(urls["producer"], "producer.py", "--id", "own", "--type", "process_data"))[0].strip()
-        result(script(urls["worker"], "consumer.py", "--burst"))
+        task_id = run(urls["producer"], "producer.py", "--id", "own", "--type", "process_data")[0].strip()
+        run(urls["worker"], "consumer.py", "--burst")
 
-        assert "completed" in result(script(urls["reader"], "stream_reader.py", task_id))[0]
+        assert "completed" in run(urls["reader"], "stream_reader.py", task_id)[0]
         assert users.refused() == []
     finally:
         server.stop(signal.SIGKILL)
@@ -367,7 +367,7 @@ def work_as_dashboard(web: Web, users: Users, script: Start, failed: str) -> Non
 
 def test_reader_cannot_put_nor_write(users: Users, script: Start) -> None:
     """It is told so in one line, exit code 1; nothing has changed."""
-    _, err = result(script(users.url("reader"), "producer.py"), code=1)
+    _, err = run(users.url("reader"), "producer.py", code=1)
     reader = Redis.from_url(users.url("reader"))
     before = users.admin.dbsize()
 
@@ -393,7 +393,7 @@ def test_missing_permission_is_told_in_one_line(users: Users, script: Start, pro
     """As a user with no rights but PING, every script ends with one clear line and exit code 1."""
     users.admin.execute_command("ACL SETUSER", "nobody", "reset", "on", ">nobody-password", "+ping")
 
-    _, err = result(script(users.url("nobody"), *program.split()), code=1)
+    _, err = run(users.url("nobody"), *program.split(), code=1)
 
     line = err.strip().splitlines()[-1]
     assert re.fullmatch(r"Redis at \S+ refused the login or the command \(.*\)\. Check .*", line)

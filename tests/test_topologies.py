@@ -7,9 +7,9 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import typed
 from conftest import ROOT, wait_until
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -43,22 +43,17 @@ def listens(port: int) -> bool:
     return False
 
 
-def test_scripts_work_on_what_it_starts(about: str, script: Start) -> None:
+def test_scripts_work_on_what_it_starts(about: str) -> None:
     """The printed REDIS_URL serves producer, consumer and reader; Ctrl-C leaves neither a process nor a file."""
     url = str(re.search(r"export REDIS_URL=(\S+)", about)[1])  # type: ignore[index]
 
-    ids = result(script(url, "producer.py")).split()
-    result(script(url, "consumer.py", "--burst"))
-    shown = result(script(url, "stream_reader.py", *ids))
+    put = typed(url, "producer.py")
+    worked = typed(url, "consumer.py", "--burst")
+    shown = typed(url, "stream_reader.py", *put.lines)
 
-    assert len(ids) == 2
-    assert shown.count("completed") == 2
-
-
-def result(process: "subprocess.Popen[Any]") -> str:
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return str(out)
+    assert (put.code, worked.code, shown.code) == (0, 0, 0)
+    assert len(put.lines) == 2
+    assert shown.out.count("completed") == 2
 
 
 def test_unknown_topology_is_refused(script: Start) -> None:

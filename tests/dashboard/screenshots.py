@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def percent(board: Dashboard, task_id: str) -> float:
 
 
 @contextmanager
-def scene(directory: Path) -> Iterator[tuple[Dashboard, str]]:
+def scene(directory: Path, ended: Sequence[dict[str, Any]] = ENDED) -> Iterator[tuple[Dashboard, str]]:
     """Set up tasks in every state, some of them at work; give the dashboard, and the id of one that is on its way.
 
     Its agents are stopped in the middle of a sentence: however long the pictures take, they show it.
@@ -105,7 +105,7 @@ def scene(directory: Path) -> Iterator[tuple[Dashboard, str]]:
     with ExitStack() as stack:
         server = stack.enter_context(valkey_server(directory))
         board = stack.enter_context(dashboard(server.url, directory))
-        for task in ENDED:
+        for task in ended:
             put(board, task)
         cancelled = put(board, email("Never mind"))
         board.http.post(f"/api/tasks/{cancelled}/cancel", json={"reason": "not needed any more"}).raise_for_status()

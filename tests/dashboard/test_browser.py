@@ -19,7 +19,7 @@ import pytest
 from conftest import Server, free_port, lacking, wait_until
 from httpx_sse import connect_sse
 from redis import Redis
-from screenshots import ARGUMENTS, CHROMIUM, HEIGHT, WIDTH, scene, take_both
+from screenshots import ARGUMENTS, CHROMIUM, ENDED, HEIGHT, WIDTH, scene, take_both
 
 from task_streams import TaskLog, TaskQueue, keys
 
@@ -260,7 +260,7 @@ def test_screenshots_of_both_pages_light_dark_and_phone(browser: "Browser", tmp_
     folder.mkdir(parents=True, exist_ok=True)
     desk = {"width": WIDTH, "height": HEIGHT}
     looks = {"dark": (desk, "dark"), "phone": (PHONE, "light"), "phone-dark": (PHONE, "dark")}
-    with scene(tmp_path) as (board, task_id):
+    with scene(tmp_path, ENDED[2:4]) as (board, task_id):
         pictures = dict.fromkeys(take_both(browser, board, task_id, folder), (desk, "light"))
         for look, (viewport, scheme) in looks.items():
             context = browser.new_context(viewport=viewport, color_scheme=scheme)
