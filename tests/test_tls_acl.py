@@ -182,8 +182,11 @@ def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsS
 
     for query in (f"?ssl_ca_certs={tls.directory}/other.crt", "", f"?ssl_ca_certs={tls.directory}/none.crt"):
         url = f"rediss://localhost:{tls.port}/0{query}"
-        for program in ("producer.py", "consumer.py", "dashboard.py"):
-            _, err = run(url, program, code=1)
+        dashboard = script(url, "dashboard.py")
+        errors = [run(url, program, code=1)[1] for program in ("producer.py", "consumer.py")]
+        errors.append(dashboard.communicate(timeout=60)[1])
+        assert dashboard.returncode == 1
+        for err in errors:
             assert re.fullmatch(rf"no secure connection to Redis at {re.escape(url)} \(.*\)\. {advice(query)}.*\n", err)
 
 
