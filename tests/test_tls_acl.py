@@ -295,13 +295,14 @@ def users(server: Server) -> Users:
 
 def test_users_of_the_page_may_do_their_work(users: Users, script: Start, tmp_path: Path) -> None:
     """Each script as its user: put, work, fail, retry, recover, rate-limit, watch, cancel, requeue. No NOPERM."""
-    put = ["--type", "process_data", "--payload", '{"file": "sample_data/sales.csv"}']
+    put = ["--type", "send_email", "--payload", '{"to": "ann@example.org", "subject": "S", "body": "B"}']
     ids = run(users.url("producer"), "producer.py", *put, "--count", "3")[0].split()
     run(users.url("producer"), "producer.py", *put, "--id", "own")
     run(users.url("producer"), "producer.py", *put, "--id", "own")
     failing = run(users.url("producer"), "producer.py", "--type", "nonsense")[0].strip()
     users.admin.lpush(keys.QUEUE, "no task", '{"id": "by-hand", "data": {"type": "nonsense"}}')
     agent = ["agent_consumer.py", "--burst", "--concurrency", "2", "--llm-delay", "0", "--lease", "1"]
+    agent += ["--outbox", str(tmp_path)]
     for fault in ("popped", "claimed"):  # what they leave is found and done
         script(users.url("worker"), *agent, env={"TASK_STREAMS_FAULT": fault}).wait(timeout=60)
     run(users.url("worker"), *agent, "--llm-rate", "100/s")
