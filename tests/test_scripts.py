@@ -572,20 +572,24 @@ def test_scripts_run_on_a_cluster(run: Run, tmp_path: Path) -> None:
     assert sum(" completed in " in line for line in watched.lines) == 2
 
 
-def test_agents_share_the_rate_of_calls_to_the_llm(valkey: Server, script: Start, queue: TaskQueue, run: Run) -> None:
-    """Two agents with --llm-rate 5/s: two tasks of five calls each take a whole second, and the wait is told."""
-    run("producer.py", "summarise", *["sample_data/sales.csv"] * 2)
-    command = ["agent_consumer.py", "--burst", "--llm-delay", "0", "--llm-rate", "5/s"]
+def test_agents_share_the_rate_of_calls_to_the_llm(
+    valkey: Server, script: Start, queue: TaskQueue, run: Run, tmp_path: Path
+) -> None:
+    """Two agents with --llm-rate 5/s: ten tasks of two calls each take three whole seconds, and the wait is told."""
+    payload = '{"to": "ann@example.org", "subject": "S", "body": "B"}'
+    run("producer.py", "--type", "send_email", "--payload", payload, "--count", "10")
+    command = ["agent_consumer.py", "--burst", "--concurrency", "2", "--llm-delay", "0", "--llm-rate", "5/s"]
+    command += ["--outbox", str(tmp_path)]
     agents = [script(valkey.url, *command, stderr=subprocess.DEVNULL) for _ in range(2)]
     for agent in agents:
         agent.communicate(timeout=60)
 
-    events = [event for n in (1, 2) for event in TaskLog(n, queue.redis).read()]
+    events = [event for n in range(1, 11) for event in TaskLog(n, queue.redis).read()]
     at = {name: [e.fields["timestamp"] for e in events if e.name == name] for name in ("started", "llm_response")}
     took = datetime.fromisoformat(max(at["llm_response"])) - datetime.fromisoformat(min(at["started"]))
 
-    assert len(at["llm_response"]) == 10
-    assert took.total_seconds() >= 1  # the first five, then five in the second after it: by the server's clock
+    assert len(at["llm_response"]) == 20
+    assert took.total_seconds() >= 3  # the first five, then five in each further second: by the server's clock
     assert any(event.name == "rate_limited" and event.fields["limit"] == "5 in 1 s" for event in events)
 
 

@@ -182,8 +182,11 @@ def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsS
 
     for query in (f"?ssl_ca_certs={tls.directory}/other.crt", "", f"?ssl_ca_certs={tls.directory}/none.crt"):
         url = f"rediss://localhost:{tls.port}/0{query}"
-        for program in ("producer.py", "consumer.py", "dashboard.py"):
-            _, err = run(url, program, code=1)
+        dashboard = script(url, "dashboard.py")
+        errors = [run(url, program, code=1)[1] for program in ("producer.py", "consumer.py")]
+        errors.append(dashboard.communicate(timeout=60)[1])
+        assert dashboard.returncode == 1
+        for err in errors:
             assert re.fullmatch(rf"no secure connection to Redis at {re.escape(url)} \(.*\)\. {advice(query)}.*\n", err)
 
 
@@ -292,13 +295,14 @@ def users(server: Server) -> Users:
 
 def test_users_of_the_page_may_do_their_work(users: Users, script: Start, tmp_path: Path) -> None:
     """Each script as its user: put, work, fail, retry, recover, rate-limit, watch, cancel, requeue. No NOPERM."""
-    put = ["--type", "process_data", "--payload", '{"file": "sample_data/sales.csv"}']
+    put = ["--type", "send_email", "--payload", '{"to": "ann@example.org", "subject": "S", "body": "B"}']
     ids = run(users.url("producer"), "producer.py", *put, "--count", "3")[0].split()
     run(users.url("producer"), "producer.py", *put, "--id", "own")
     run(users.url("producer"), "producer.py", *put, "--id", "own")
     failing = run(users.url("producer"), "producer.py", "--type", "nonsense")[0].strip()
     users.admin.lpush(keys.QUEUE, "no task", '{"id": "by-hand", "data": {"type": "nonsense"}}')
     agent = ["agent_consumer.py", "--burst", "--concurrency", "2", "--llm-delay", "0", "--lease", "1"]
+    agent += ["--outbox", str(tmp_path)]
     for fault in ("popped", "claimed"):  # what they leave is found and done
         script(users.url("worker"), *agent, env={"TASK_STREAMS_FAULT": fault}).wait(timeout=60)
     run(users.url("worker"), *agent, "--llm-rate", "100/s")
