@@ -339,10 +339,10 @@ def follow(
             raise TimeoutError(f"no end within {timeout_seconds:g} s")
         try:
             # subtle: again, since whoever gets an event may add a task
-            while (new := cursors.keys() - at.keys()) or (cursors and time.monotonic() >= look_at):
+            while (new := [one for one in cursors if one not in at]) or (cursors and time.monotonic() >= look_at):
                 if not new:
                     look_at = time.monotonic() + BLOCK_SECONDS
-                yield from _look(list(new or cursors), cursors, at, blocking)
+                yield from _look(new or list(cursors), cursors, at, blocking)
             if not cursors:
                 return
             left = BLOCK_SECONDS if deadline is None else deadline - time.monotonic()

@@ -1,6 +1,7 @@
 """Servers and waiting for the tests. No test touches a server that it did not start."""
 
 import contextlib
+import logging
 import os
 import random
 import shutil
@@ -156,6 +157,12 @@ def _binary(engine: str) -> Path | str:
 
 BOTH_ENGINES = ["valkey", "redis"]
 ENGINES = ["valkey", pytest.param("redis", marks=pytest.mark.chaos)]  # `make test` needs the first one only
+
+
+@pytest.fixture(autouse=True)
+def subscriptions_are_heard() -> None:
+    """A worker silences the log of its subscriptions for the whole process; one in an earlier test must not."""
+    logging.getLogger("ailf.messaging.redis.pubsub").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(params=ENGINES)
