@@ -53,7 +53,7 @@ clean:  ## stop it, and remove its data, the outbox and .venv
 	@if [ -e .venv/ready ]; then $(BIN)/python -m ailf.messaging.redis stop; fi
 	rm -rf .redis outbox .venv
 
-# What the scripts need: about 150 MB. pip's own output is long; its "Collecting" lines say how far it is.
+# What the scripts need: about 150 MB. pip's own output is long; its "Collecting" lines show the progress.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
 SHOW = awk '/^Collecting/ { sub(/[<>=!~;].*/, "", $$2); printf "  %s", $$2; fflush() } /^Installing/ { printf "\n  unpacking ...\n"; fflush() }'
 

@@ -3,7 +3,8 @@
 Usage:   python producer.py                                   the tutorial's two tasks
          python producer.py summarise sample_data/sales.csv
          python producer.py send-email --to ann@example.org --subject Hello --body "It works."
-         python producer.py --type process_data --payload '{"file": "sample_data/sales.csv"}' --count 3
+         python producer.py --type process_data --payload '{"file": "sample_data/sales.csv"}'
+         python producer.py --count 3 summarise sample_data/sales.csv
 Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server
 Keys:    INCRs task_id_counter, LPUSHes task_queue
 See:     tutorial/part3.md; to cancel, requeue or import tasks: python -m task_streams --help

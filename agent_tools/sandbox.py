@@ -72,12 +72,14 @@ def described(table: Table) -> dict[str, Any]:
 
 def query(root: Path, file: str, sql: str) -> Result:
     require_text(sql=sql)
+    if not sql.isascii() and sql.encode(errors="replace").decode() != sql:
+        raise ToolError("sql is not valid Unicode: it holds half a surrogate pair")
     with open_table(root, file) as table:
         try:
             statements = duckdb.extract_statements(sql)
             if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
                 raise ToolError(f"sql = {sql:.200}; expected one SELECT statement, from the table data")
-            inner = f"({statements[0].query.strip().rstrip(';')}\n)"
+            inner = f"({without_end(statements[0].query)}\n)"
             columns = table.connection.execute(f"DESCRIBE SELECT * FROM {inner}").fetchall()
             shown = [shown_as(f"c{place}", kind) for place, (_, kind, *_) in enumerate(columns[:COLUMNS_SHOWN])]
             names = ", ".join(f"c{place}" for place in range(len(columns)))
@@ -91,6 +93,13 @@ def query(root: Path, file: str, sql: str) -> Result:
     result: Result = {"columns": [label(name) for name, *_ in columns[:COLUMNS_SHOWN]]}
     result["rows"] = [[plain(value) for value in row] for row in rows]
     return result | left_out("columns", len(columns) - COLUMNS_SHOWN) | left_out("rows", more)
+
+
+def without_end(sql: str) -> str:
+    """Return a statement without its semicolon and the comments after it. "SELECT 1; -- end" -> "SELECT 1" """
+    raw = sql.encode()  # tokenize() counts bytes
+    tokens = [start for start, kind in duckdb.tokenize(sql) if kind != duckdb.token_type.comment]
+    return raw[: tokens[-1]].decode() if raw[tokens[-1] : tokens[-1] + 1] == b";" else sql
 
 
 def shown_as(name: str, kind: str) -> str:

@@ -116,7 +116,8 @@ def open_table(root: Path, file: str) -> Iterator[Table]:
         except RecursionError:
             raise ToolError(f"{file}: the JSON is nested too deep; flatten it") from None
         except OSError as error:
-            raise ToolError(f"cannot read {file}: {error.strerror or error}; check its permissions") from error
+            hint = "; check its permissions" if isinstance(error, PermissionError) else ""
+            raise ToolError(f"cannot read {file}: {error.strerror or error}{hint}") from error
         except (duckdb.Error, UnicodeDecodeError) as error:
             raise ToolError(f"{file}: {explained(error)}".replace(location, file)) from error
         warnings = [f"the encoding {encoding} is a guess; save the file as UTF-8 to be sure"] if guessed else []

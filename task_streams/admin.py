@@ -85,8 +85,8 @@ def letters(client: Client, most: int) -> Iterator[dict[str, Any]]:
             for content in found:
                 pipe.hget(keys.record(str(content["id"])), "finished_at")
             for content, ms in zip(found, pipe.execute(), strict=True):
-                at = ms and f"{datetime.fromtimestamp(int(ms) / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
-                yield {**content, "failed_at": at}
+                at = ms and ms.isdigit() and f"{datetime.fromtimestamp(int(ms) / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
+                yield {**content, "failed_at": at or None}
 
 
 def dead(args: argparse.Namespace) -> int:
@@ -214,7 +214,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     command = add("status", show_status, "Show what waits, runs and rests, and which workers are alive.")
     command.add_argument("--once", action="store_true", help="on a terminal: one look, instead of one every second")
-    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.add_argument("--json", action="store_true", help="one JSON object, with up to 20 of the running tasks")
     command = add("cancel", cancel, "End tasks, whether they wait or run.")
     command.add_argument("ids", nargs="+", metavar="ID")
     command.add_argument(

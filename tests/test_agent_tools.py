@@ -455,6 +455,23 @@ def test_groups_agree_with_python(data: Data, rows: list[tuple[str, int]]) -> No
     }
 
 
+@pytest.mark.parametrize("end", ["", ";", " ; ", "; -- done", ";\n/* done; */ -- really;", " -- 'é';\n;"])
+def test_statement_may_end_in_any_way(data: Data, end: str) -> None:
+    """An LLM writes semicolons, and comments after them."""
+    (data.root / "t.csv").write_text("k,n\né;,1\ny,2\n")
+
+    found = data.query("t.csv", f"SELECT k FROM data WHERE k = 'é;'{end}")
+
+    assert found["rows"] == [["é;"]]
+
+
+def test_sql_that_is_not_unicode_is_refused(data: Data) -> None:
+    (data.root / "t.csv").write_text("k,n\nx,1\n")
+
+    with pytest.raises(ToolError, match="half a surrogate pair"):
+        data.query("t.csv", "SELECT '\ud800'")
+
+
 # -- what SQL must not do -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "sql",

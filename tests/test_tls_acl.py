@@ -182,7 +182,7 @@ def test_server_without_a_certificate_of_the_ca_is_refused_in_one_line(tls: TlsS
 
     for query in (f"?ssl_ca_certs={tls.directory}/other.crt", "", f"?ssl_ca_certs={tls.directory}/none.crt"):
         url = f"rediss://localhost:{tls.port}/0{query}"
-        dashboard = script(url, "dashboard.py")
+        dashboard = script(url, "dashboard.py", "--port", str(free_port()))
         errors = [run(url, program, code=1)[1] for program in ("producer.py", "consumer.py")]
         errors.append(dashboard.communicate(timeout=60)[1])
         assert dashboard.returncode == 1

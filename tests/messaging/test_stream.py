@@ -407,7 +407,7 @@ def test_pending_tells_who_has_what(make: Make, server: Server) -> None:
     pending = a.pending()
 
     assert [(one["id"], one["consumer"], one["deliveries"]) for one in pending] == [(ids[0], "a", 1), (ids[1], "b", 2)]
-    assert all(0 <= one["idle_ms"] < 30_000 for one in pending)
+    assert all(one["idle_ms"] >= 0 for one in pending)
     assert len(a.pending(count=1)) == 1
 
 
