@@ -55,7 +55,9 @@ clean:  ## stop it, and remove its data, the outbox and .venv
 
 # What the scripts need: about 150 MB. pip's own output is long; its "Collecting" lines show the progress.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off
-SHOW = awk '/^Collecting/ { sub(/[<>=!~;].*/, "", $$2); printf "  %s", $$2; fflush() } /^Installing/ { printf "\n  unpacking ...\n"; fflush() }'
+# In bash, because Debian's awk holds back what it reads.
+SHOW = while read -r word name _; do case $$word in \
+	Collecting|Processing) name=$${name\#\#*/}; name=$${name%%[<>=!~;]*}; printf ' %s' "$${name%%-[0-9]*}";; Installing) printf '\n  unpacking ...\n';; esac; done
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'

@@ -1,7 +1,7 @@
 """Watch what happens in tasks, live: replay their streams, then follow them to the end.
 
 Usage:   python stream_reader.py ID…                 to the end
-         python stream_reader.py --all               every task, from now on, until Ctrl-C
+         python stream_reader.py --all               every unfinished and new task, until Ctrl-C
          python stream_reader.py ID --since 1700000000000-7 | --no-follow | --json | --timeout 60
          python stream_reader.py ID --replay 2       a finished task again, twice as fast as it was
 Exits:   0 completed, 1 failed (or Redis cannot be reached), 2 cancelled, 3 not ended yet, 4 no such task

@@ -1,7 +1,7 @@
 """Look after the queue: see what it does, cancel tasks, put dead ones again, import many.
 
 Usage:   python -m task_streams status [--once | --json]     what waits and runs; live on a terminal, until Ctrl-C
-         python -m task_streams cancel ID… [--reason TEXT]   end tasks, whether they wait or run
+         python -m task_streams cancel ID… [--reason TEXT]   end tasks, waiting or running
          python -m task_streams dead [--limit N] [--json]    the tasks that were given up on, newest first
          python -m task_streams requeue [ID…]                put all or some of those again: 7 becomes 7.r2
          python -m task_streams import FILE [--skip-bad]     one {"type": …, "payload": …} a line; - is standard input
@@ -9,7 +9,7 @@ Usage:   python -m task_streams status [--once | --json]     what waits and runs
 Prints:  ids, one a line, if stdout is a pipe; problems go to stderr
 Exits:   0 done, 1 something could not be done, 2 wrong usage, 130 after Ctrl-C
 Needs:   Redis at $REDIS_URL, else localhost:6379, else the embedded server
-         (only import starts it: looking at a queue must not leave a server behind)
+         (only import starts it: looking at a queue must not leave a server behind; stop is for it alone)
 Keys:    reads task_queue, {task_queue}:leases, :dead, :totals and the records
 See:     tutorial/part6.md, tutorial/part7.md
 """
@@ -61,7 +61,11 @@ def cancel(args: argparse.Namespace) -> int:
         try:
             outcome = cancel_task(queue, check_id(task_id), args.reason)
         except (NoSuchTask, ValueError) as error:  # the others can be cancelled all the same
-            complain(error)
+            # subtle: a task that was pushed by hand has no record before its first claim
+            unclaimed = isinstance(error, NoSuchTask) and queue.is_listed(task_id)
+            complain(
+                f"task {task_id} was pushed by hand; it can be cancelled once a worker has it" if unclaimed else error
+            )
             code = 1
             continue
         said = "cancelled" if outcome == "cancelled" else "asked to stop"
@@ -124,6 +128,8 @@ def requeue(args: argparse.Namespace) -> int:
         complain(f"no dead letter of a task {task_id}")
     if others and not args.ids:
         complain(f"{others} dead letter(s) hold no task that can be put again: python -m task_streams dead")
+    if not (pairs or others or args.ids):
+        print("no dead letters", file=sys.stderr)
     return 1 if missing else 0
 
 

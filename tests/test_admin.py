@@ -333,6 +333,16 @@ def test_task_that_cannot_be_cancelled_does_not_keep_the_others(admin: Admin, qu
     assert [line.partition(":")[2][:12] for line in result.err.splitlines()] == [" no task nob", " not a task "]
 
 
+def test_task_that_was_pushed_by_hand_is_said_to_wait(admin: Admin, queue: TaskQueue) -> None:
+    """Before its first claim it has no record that could ask for its end."""
+    queue.redis.lpush(keys.QUEUE, '{"id": "by-hand", "data": {}}')
+
+    result = admin("cancel", "by-hand")
+
+    assert result.code == 1
+    assert "task by-hand was pushed by hand" in result.err
+
+
 # -- dead and requeue -------------------------------------------------------------------------------------------
 
 

@@ -98,7 +98,7 @@ def _policy(start: bool = True) -> str:
     if not start and embedded.find() is None:
         raise RedisUnavailable(
             f"no Redis answers at localhost:{embedded.PORT}, and the embedded server is not running. "
-            "A producer or a worker starts it; or set REDIS_URL."
+            "Any of the scripts starts it; or set REDIS_URL."
         )
     try:
         port, started = embedded.find_or_start()
