@@ -3,8 +3,8 @@
     result = typed(server.url, "producer.py", "--count", "3")
     assert (result.code, result.lines) == (0, ["1", "2", "3"])
 
-Where a real process, its signals or its pipes matter, use the fixture `script` instead; and for dashboard.py, because
-uvicorn sets up the logging of the whole process.
+If a real process, its signals or its pipes matter, use the fixture `script` instead; also for dashboard.py, which
+serves until a signal comes.
 """
 
 import io

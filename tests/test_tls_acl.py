@@ -51,7 +51,7 @@ class Web:
     def __init__(self, script: Start, url: str) -> None:
         port = free_port()
         self.process = script(url, "dashboard.py", "--port", str(port))
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
         wait_until(self.answers, "the dashboard answers")
 
     def answers(self) -> bool:

@@ -28,7 +28,7 @@ class Dashboard:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        self.http = httpx.Client(base_url=self.url, timeout=10)  # below the comments of a stream that hangs
+        self.http = httpx.Client(base_url=self.url, timeout=60)
         wait_until(self.answers, f"the dashboard answers: {self.log}")
 
     def answers(self) -> bool:

@@ -466,7 +466,7 @@ def test_put_refuses_another_content_type(board: Dashboard, kind: str | None) ->
 
 def test_put_reads_no_more_than_the_limit_of_a_chunked_body(board: Dashboard) -> None:
     """A body without a Content-Length is cut off at the limit, with 413, while it is still being sent."""
-    with closing(socket.create_connection(("127.0.0.1", board.port), timeout=10)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", board.port), timeout=60)) as connection:
         connection.sendall(
             b"POST /api/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
@@ -723,7 +723,7 @@ def test_pipelined_requests_are_answered_in_order(board: Dashboard) -> None:
 
 def test_connection_is_kept_alive_after_an_error(board: Dashboard) -> None:
     """An error does not cost the connection."""
-    with closing(HTTPConnection("127.0.0.1", board.port, timeout=10)) as connection:
+    with closing(HTTPConnection("127.0.0.1", board.port, timeout=60)) as connection:
         connection.connect()
         opened = connection.sock
         for path, status in (("/nosuch", 404), ("/healthz", 200), ("/api/tasks?limit=0", 400), ("/healthz", 200)):
@@ -985,7 +985,7 @@ def test_clients_that_leave_leave_no_watcher(board: Dashboard, http: httpx.Clien
     before = metrics_of(http)["dashboard_watchers"]
     for path in ("/api/events", f"/api/tasks/{log.task_id}/events", f"/api/events?task={log.task_id}"):
         for wait in (False, True):
-            with closing(socket.create_connection(("127.0.0.1", board.port), timeout=10)) as connection:
+            with closing(socket.create_connection(("127.0.0.1", board.port), timeout=60)) as connection:
                 connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 if wait:
                     assert status_of(connection.recv(65536)) == 200
@@ -1003,7 +1003,7 @@ def test_comments_keep_an_idle_stream_open(redis_server: Server, queue: TaskQueu
         thread.start()
         try:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/api/tasks/idle/events"
-            with httpx.stream("GET", url, timeout=20) as response:
+            with httpx.stream("GET", url, timeout=60) as response:
                 lines = response.iter_lines()
                 found = [next(lines) for _ in range(6)]
         finally:
@@ -1097,7 +1097,7 @@ def test_sigterm_closes_the_streams_cleanly(valkey: Server, tmp_path: Path) -> N
 
         def watch(path: str) -> None:
             try:
-                with httpx.stream("GET", one.url + path, timeout=20) as response:
+                with httpx.stream("GET", one.url + path, timeout=60) as response:
                     chunks = response.iter_raw()
                     next(chunks)
                     opened.wait(60)
@@ -1140,7 +1140,7 @@ def test_sigterm_does_not_wait_for_a_client_that_does_not_read(valkey: Server, t
 def test_signal_ends_it_cleanly(valkey: Server, tmp_path: Path, number: int) -> None:
     """Ctrl-C ends it as SIGTERM does, also while somebody watches: exit code 0, and nothing more is said."""
     one = Dashboard(valkey.url, tmp_path)
-    with httpx.stream("GET", f"{one.url}/api/events", timeout=20) as response:
+    with httpx.stream("GET", f"{one.url}/api/events", timeout=60) as response:
         chunks = response.iter_raw()
         next(chunks)
         one.process.send_signal(number)

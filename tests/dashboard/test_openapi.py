@@ -83,7 +83,7 @@ def test_streams_survive_hostile_cursors(board: Dashboard, path: str, cursor: st
     """A Last-Event-ID or ?since of any kind begins a stream, or is refused; it never fails."""
     query = {**({} if header else {"since": cursor}), **({"format": "ag-ui"} if ag_ui else {})}
     headers = {"Last-Event-ID": cursor.encode("latin-1")} if header else {}
-    with httpx.stream("GET", board.url + path, params=query, headers=headers, timeout=10) as response:  # type: ignore[arg-type]
+    with httpx.stream("GET", board.url + path, params=query, headers=headers, timeout=60) as response:  # type: ignore[arg-type]
         assert response.status_code in (200, 204, 400), response.read()
         if response.status_code == 200:
             assert next(response.iter_raw()).startswith(b"retry: 1000\n")

@@ -302,7 +302,7 @@ def everything_until(
     seen: list[tuple[str, str]] = []
     headers = {"Last-Event-ID": last_id} if last_id else {}
     with (
-        httpx.Client(timeout=20) as client,
+        httpx.Client(timeout=60) as client,
         connect_sse(client, "GET", f"{dashboard.url}/api/events", headers=headers) as source,
     ):
         assert source.response.status_code == 200
@@ -392,7 +392,7 @@ def test_restart_of_the_dashboard_loses_and_repeats_nothing(dashboard: Dashboard
             headers = {"Last-Event-ID": received[-1]} if received else {}
             with (
                 contextlib.suppress(httpx.HTTPError),
-                httpx.Client(timeout=20) as client,
+                httpx.Client(timeout=60) as client,
                 connect_sse(client, "GET", f"{dashboard.url}/api/tasks/t/events", headers=headers) as source,
             ):
                 if source.response.status_code == 204:
@@ -427,7 +427,7 @@ def test_client_that_never_reads_slows_nobody(dashboard: Dashboard, valkey: Serv
     wait_until(lambda: dashboard.streams() == 10, "they watch")
     before = dashboard.memory_bytes()
 
-    with httpx.Client(timeout=20) as client, connect_sse(client, "GET", f"{dashboard.url}/api/tasks/t/events") as good:
+    with httpx.Client(timeout=60) as client, connect_sse(client, "GET", f"{dashboard.url}/api/tasks/t/events") as good:
         received = good.iter_sse()
         wait_until(lambda: next(received).event == "started", "it watches")
         for n in range(250):

@@ -422,7 +422,7 @@ def test_static_files_are_only_those(open_board: Dashboard, path: str) -> None:
 def test_large_bodies_are_refused_before_they_are_read(open_board: Dashboard) -> None:
     """A Content-Length over the limit is 413 at once, wherever it is sent."""
     for line in ("POST /api/tasks", "POST /api/tasks/7/cancel", "POST /login", "GET /api/tasks"):
-        with closing(socket.create_connection(("127.0.0.1", open_board.port), timeout=10)) as connection:
+        with closing(socket.create_connection(("127.0.0.1", open_board.port), timeout=60)) as connection:
             connection.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1100001\r\n\r\n".encode())
             assert status_of(connection.recv(65536)) == 413
 

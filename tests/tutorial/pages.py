@@ -281,11 +281,11 @@ class Terminal:
                 os.killpg(foreground, signal.SIGKILL)
         self.process.send_signal(signal.SIGHUP)  # bash passes it on to its jobs
         try:
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._reader.join(timeout=5)
+        self._reader.join(timeout=60)
         if not self._reader.is_alive():  # subtle: else it would read whatever gets this number next
             os.close(self.master)
 

@@ -219,5 +219,5 @@ def test_makefile_begins_each_part() -> None:
     """`make part3` runs tutorial/start.py 3, for every part there is."""
     for page in PAGES:
         number = page.stem.removeprefix("part")
-        typed = subprocess.run(["make", "-n", page.stem], cwd=ROOT, capture_output=True, text=True, timeout=30).stdout
+        typed = subprocess.run(["make", "-n", page.stem], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
         assert f"tutorial/start.py {number}" in typed
