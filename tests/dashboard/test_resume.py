@@ -112,7 +112,8 @@ def read_in_pieces(
     connections = []
     for n in range(cuts + 1):
         before(n)
-        frames = frames_of(get(port, path, last_id, place.randrange(500, 1600) if n < cuts else None, 0.3))
+        most, seconds = (place.randrange(500, 1600), 0.3) if n < cuts else (None, 60)
+        frames = frames_of(get(port, path, last_id, most, seconds))
         connections.append(frames)
         last_id = next((frame.id for frame in reversed(frames) if frame.id is not None), last_id)
     return connections

@@ -394,7 +394,12 @@ def test_release_amid_a_renewal_is_no_error(fake: Any, caplog: pytest.LogCapture
 def test_retries_are_spread_and_counted(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`retry` times after the first try, each after half of retry_delay up to all of it."""
     slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+    here, sleep = threading.current_thread(), time.sleep
+
+    def record(seconds: float) -> None:  # of this thread: earlier tests may have left others
+        (slept.append if threading.current_thread() is here else sleep)(seconds)
+
+    monkeypatch.setattr(time, "sleep", record)
     RedisLock("shared", redis_client=fake).acquire()
     slept.clear()
     lock = RedisLock("shared", redis_client=fake)

@@ -575,6 +575,7 @@ def test_ctrl_c_ends_the_async_run(valkey: Server, script: Start) -> None:
 import asyncio
 from ailf.messaging.redis import AsyncRedisPubSub
 async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60  # a slow machine is no fault
     async with AsyncRedisPubSub() as pubsub:
         await pubsub.subscribe("channel", print)
         await pubsub.run()
