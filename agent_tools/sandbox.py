@@ -132,7 +132,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (RESERVED_BYTES, RESERVED_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (COPY_BYTES, COPY_BYTES))
     seconds = math.ceil(request["seconds"]) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # should whoever started this process be killed
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # in case the process that started this one is killed
     answer: Result
     try:
         answer = {"result": ACTIONS[request["action"]](Path(request["root"]), **request["arguments"])}

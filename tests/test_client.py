@@ -249,7 +249,7 @@ def test_default_client_would_repeat_a_blocked_brpop(valkey: Server) -> None:
     program = f"import redis; redis.Redis(port={valkey.port}).brpop('list', 12)"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: admin.info("stats")["total_connections_received"] >= before + 2, "it connected anew")
+        wait_until(lambda: admin.info("stats")["total_connections_received"] >= before + 2, "it connected again")
     finally:
         process.kill()
         process.wait()

@@ -79,7 +79,7 @@ def test_start_on_an_open_address_needs_a_token(start: Start, host: str) -> None
 
 @pytest.mark.parametrize("port", ["0", "-1", "65536", "x"])
 def test_start_on_an_odd_port_is_refused(start: Start, port: str) -> None:
-    """A port that is none is a usage error."""
+    """An invalid port is a usage error."""
     code, errors = start("--port", port)
     assert code == 2 and errors.startswith("usage: ")
 
