@@ -19,13 +19,14 @@ from pathlib import Path
 
 from .base import Result, ToolError, Tools, ToolUnavailable
 from .data import DataProcessor
-from .email import EmailSender
 
-__all__ = ["DataProcessor", "EmailSender", "Result", "ToolError", "ToolUnavailable", "Tools", "make_tools"]
+__all__ = ["DataProcessor", "Result", "ToolError", "ToolUnavailable", "Tools", "make_tools"]
 
 
 def make_tools(data_root: Path, outbox: Path, smtp_url: str | None) -> Tools:
     """Return the tools by the names that the LLM uses."""
+    from .email import EmailSender  # not above: each call of a data tool imports this package, and TLS takes it long
+
     data, email = DataProcessor(data_root), EmailSender(outbox, smtp_url)
     return {
         "data_processor.load_file": data.load_file,

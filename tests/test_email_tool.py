@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from agent_tools import EmailSender, ToolError, ToolUnavailable
+from agent_tools import ToolError, ToolUnavailable
+from agent_tools.email import EmailSender
 
 Patch = pytest.MonkeyPatch
 
