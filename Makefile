@@ -16,19 +16,19 @@ help:  ## list the targets
 demo: .venv/ready  ## three tasks, an agent, and their streams, live in this terminal
 	@$(BIN)/python demo.py
 
-test: .venv/ready-dev  ## the tests, several at a time, in 3 to 5 minutes (make chaos runs the long ones)
+test: .venv/ready-dev  ## the tests, several at a time, in about 3 minutes (make chaos runs the long ones)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: .venv/ready-dev  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-bench: .venv/ready-dev  ## how fast, as ratios against bare Redis; writes docs/performance.md (about 15 minutes)
+bench: .venv/ready  ## how fast, as ratios to bare Redis; writes docs/performance.md (about 8 minutes)
 	@for part in speed memory watchers; do $(BIN)/python benchmarks/$$part.py --write || exit 1; done
 
 chaos: .venv/ready-dev  ## break everything, 20 s each, on both engines (SECONDS_EACH=2: 10 minutes at most; ARGS="-k sentinel": some)
 	@CHAOS_SECONDS=$(or $(SECONDS_EACH),20) $(BIN)/python -m pytest $(PARALLEL) -m "chaos or smoke" $(ARGS)
 
-soak: .venv/ready-dev  ## 10 minutes of work, to see that memory stays flat
+soak: .venv/ready  ## 10 minutes of work, to see that memory stays flat
 	@$(BIN)/python benchmarks/soak.py
 
 $(PARTS): .venv/ready
@@ -67,6 +67,6 @@ SHOW = while read -r word name _; do case $$word in \
 	@touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	@echo "Adding what tests, checks and benchmarks need, once (about 400 MB, a minute):"
+	@echo "Adding what tests and checks need, once (about 400 MB, a minute):"
 	@$(INSTALL) -r requirements-dev.txt | $(SHOW)
 	@touch $@

@@ -4,21 +4,23 @@ One task is one conversation: a list of messages, as LLM APIs have them. Each lo
 stream. The worker around it writes `started`, `error` and the terminal event, and tries a task again if this raises.
 """
 
+import asyncio
 import hashlib
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, get_type_hints
 
 from agent_tools import ToolError, Tools, ToolUnavailable
-from ailf.messaging.redis import RedisRateLimiter, RedisUnavailable, to_json
+from ailf.messaging.redis import AsyncRedisRateLimiter, RedisUnavailable, to_json
 from mock_llm import LLMError, ToolCall
 from task_streams import PermanentFailure, Task, TaskLog
 
 MAX_STEPS = 8  # questions to the LLM about one task: an agent that runs in circles is stopped
 MAX_RESULT_CHARS = 20_000  # of one tool result, in the stream and in the messages: both are paid for by size
-POLL_SECONDS = 0.5  # how soon an agent that waits for its turn hears that its task was cancelled
+LONGEST_WAIT_SECONDS = 5.0  # before it asks again whether it may call the LLM: the count may be lost
+POLL_SECONDS = 0.5  # between two looks whether Redis is back, for an agent that waits for its turn
 DELTA_SECONDS = 0.06  # between two llm_delta entries: words still seem to flow, in fewer than 20 entries a second
 
 Message = dict[str, Any]
@@ -50,7 +52,7 @@ class LLM(Protocol):
 
     model: str
 
-    def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> Iterator[str | ToolCall]: ...
+    def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[str | ToolCall]: ...
 
 
 def give_up(reason: str) -> Any:
@@ -65,21 +67,21 @@ class Agent:
     the worker tries such a task again. PermanentFailure means that trying again would not help.
     """
 
-    def __init__(self, llm: LLM, tools: Tools, limiter: RedisRateLimiter | None = None) -> None:
+    def __init__(self, llm: LLM, tools: Tools, limiter: AsyncRedisRateLimiter | None = None) -> None:
         self.llm = llm
         self.tools = tools
         self.limiter = limiter
 
-    def __call__(self, task: Task, log: TaskLog) -> dict[str, Any]:
+    async def __call__(self, task: Task, log: TaskLog) -> dict[str, Any]:
         kind, payload = check_task(task.data)
         tools = {name: tool for name, tool in self.tools.items() if name.startswith(kind.tools)} | {"give_up": give_up}
-        log.add("chain_of_thought", step="analyzing_task", prompt=kind.in_words.format(**payload))
+        await log.add("chain_of_thought", step="analyzing_task", prompt=kind.in_words.format(**payload))
 
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": to_json(task.data)}]
         findings: list[dict[str, Any]] = []  # of the tool calls that succeeded
         steps, problem = 0, ""
         for _ in range(MAX_STEPS):
-            text, calls = self.ask(messages, tools, log)
+            text, calls = await self.ask(messages, tools, log)
             messages.append(as_message(text, calls))
             last_problem, problem = problem, find_problem(text, calls, tools, findings)
             if problem and last_problem:  # a retry may help: a real LLM does not say the same thing every time
@@ -89,52 +91,51 @@ class Agent:
                 messages += [as_result(call, {"error": told}) for call in calls] or [{"role": "user", "content": told}]
                 continue
             if not calls:
-                log.add("chain_of_thought", step="concluding", thought=clip(text))
-                log.add("progress", percent=100, step="done")
+                await log.add("chain_of_thought", step="concluding", thought=clip(text))
+                await log.add("progress", percent=100, step="done")
                 return {"summary": text, **collect(findings)}
 
             step = "giving_up" if calls[0].name == "give_up" else "choosing_tool"
-            log.add("chain_of_thought", step=step, thought=clip(text))
+            await log.add("chain_of_thought", step=step, thought=clip(text))
             for call in calls:
                 steps += 1
-                outcome = self.use_tool(call, tools[call.name], f"call-{task.attempt}-{steps}", task, log)
+                outcome = await self.use_tool(call, tools[call.name], f"call-{task.attempt}-{steps}", task, log)
                 messages.append(as_result(call, outcome))
                 if "result" in outcome:
                     findings.append({"tool": call.name, "arguments": clip(call.arguments), **outcome})
-                log.add("progress", percent=min(95, 100 * steps // (kind.usual_steps + 1)), step=call.name)
+                await log.add("progress", percent=min(95, 100 * steps // (kind.usual_steps + 1)), step=call.name)
         raise PermanentFailure(f"the LLM came to no end within {MAX_STEPS} steps")
 
-    def ask(self, messages: list[Message], tools: Tools, log: TaskLog) -> tuple[str, list[ToolCall]]:
+    async def ask(self, messages: list[Message], tools: Tools, log: TaskLog) -> tuple[str, list[ToolCall]]:
         """Ask the LLM, and let everybody watch the words arrive. All calls to the LLM pass here."""
-        self.await_turn(log)
+        await self.await_turn(log)
         text, calls = "", list[ToolCall]()
-        for piece in coalesce(self.llm.chat(messages, [schema(name, tool) for name, tool in tools.items()])):
+        async for piece in coalesce(self.llm.chat(messages, [schema(name, tool) for name, tool in tools.items()])):
             if isinstance(piece, ToolCall):
                 calls.append(piece)
             else:
-                log.add("llm_delta", text=clip(piece))
+                await log.add("llm_delta", text=clip(piece))
                 text += piece
-        log.add("llm_response", model=self.llm.model, response=clip(text))
+        await log.add("llm_response", model=self.llm.model, response=clip(text))
         return text, calls
 
-    def await_turn(self, log: TaskLog) -> None:
+    async def await_turn(self, log: TaskLog) -> None:
         """Wait until the limit that all workers share allows one more call to the LLM; tell the watchers why."""
         told = False
         while self.limiter is not None:
             try:
-                allowed, _, wait_seconds = self.limiter.check(self.llm.model)
+                allowed, _, wait_seconds = await self.limiter.check(self.llm.model)
             except RedisUnavailable:  # wait as log.add does: for as long as the lease may be believed
                 allowed, wait_seconds = False, POLL_SECONDS
             if allowed:
                 return
             if not told:
                 limit = f"{self.limiter.rate} in {self.limiter.period:g} s"
-                log.add("rate_limited", limit=limit, wait_ms=round(wait_seconds * 1000))
+                await log.add("rate_limited", limit=limit, wait_ms=round(wait_seconds * 1000))
             told = True
-            time.sleep(min(wait_seconds, POLL_SECONDS))
-            log.check()
+            await asyncio.sleep(min(wait_seconds, LONGEST_WAIT_SECONDS))
 
-    def use_tool(
+    async def use_tool(
         self, call: ToolCall, tool: Callable[..., Any], call_id: str, task: Task, log: TaskLog
     ) -> dict[str, Any]:
         """Call a tool between two `tool_usage` entries; return {"result": …}, or {"error": …} for the LLM to read.
@@ -152,16 +153,17 @@ class Agent:
             # another task, on another server that counts from 1 as well, does not.
             digest = hashlib.sha256(to_json(task.data).encode()).hexdigest()
             arguments["message_id"] = f"task-{task.id}-{digest[:8]}"
-        log.add("tool_usage", **event, status="started", arguments=clip(arguments))
+        await log.add("tool_usage", **event, status="started", arguments=clip(arguments))
         begin = time.monotonic()
         try:
-            result = clip(tool(**arguments, **({"check": log.check} if "check" in own else {})))
+            more = {"check": log.check} if "check" in own else {}
+            result = clip(await asyncio.to_thread(tool, **arguments, **more))
         except (ToolError, ToolUnavailable) as error:
-            log.add("tool_usage", **event, status="failed", result=str(error), duration_ms=elapsed_ms(begin))
+            await log.add("tool_usage", **event, status="failed", result=str(error), duration_ms=elapsed_ms(begin))
             if isinstance(error, ToolUnavailable):
                 raise
             return {"error": str(error)}
-        log.add("tool_usage", **event, status="completed", result=result, duration_ms=elapsed_ms(begin))
+        await log.add("tool_usage", **event, status="completed", result=result, duration_ms=elapsed_ms(begin))
         return {"result": result}
 
 
@@ -222,15 +224,15 @@ def as_result(call: ToolCall, outcome: dict[str, Any]) -> Message:
     return {"role": "tool", "tool_call_id": call.id, "content": to_json(outcome)}
 
 
-def coalesce(
-    pieces: Iterable[str | ToolCall], seconds: float = DELTA_SECONDS, clock: Callable[[], float] = time.monotonic
-) -> Iterator[str | ToolCall]:
+async def coalesce(
+    pieces: AsyncIterator[str | ToolCall], seconds: float = DELTA_SECONDS, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[str | ToolCall]:
     """Join words until `seconds` have passed, then yield them as one text; yield the rest at the end.
 
     One XADD a word would be hundreds a second from a fast LLM, more than anybody can read.
     """
     waiting, since = "", clock()
-    for piece in pieces:
+    async for piece in pieces:
         if isinstance(piece, str):
             waiting += piece
         if waiting and (clock() - since >= seconds or isinstance(piece, ToolCall)):

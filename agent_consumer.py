@@ -11,28 +11,17 @@ Here are the options and the wiring: agent.py is the loop, mock_llm.py the LLM, 
 import argparse
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from agent import Agent
 from agent_tools import make_tools
-from ailf.messaging.redis import RedisRateLimiter
+from ailf.messaging.redis import AsyncRedisRateLimiter
 from mock_llm import MockLLM
-from task_streams.cli import run
+from task_streams import run_worker
+from task_streams.cli import add_worker_arguments, number, run, worker_options
 from task_streams.keys import LLM_RATE
-from task_streams.worker import add_worker_arguments, run_worker, worker_options
 
 HERE = Path(__file__).resolve().parent
-
-
-def number(least: float, most: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = float(text)  # a ValueError becomes argparse's own line; nan fails the comparison
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least:g} and {most:g}")
-        return value
-
-    return parse
 
 
 def rate(text: str) -> tuple[int, float]:
@@ -68,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     limiter = None
     if args.llm_rate:  # counted in Redis, so that all workers together stay below the LLM provider's limit
         calls, seconds = args.llm_rate
-        limiter = RedisRateLimiter(f"{LLM_RATE}:{seconds:g}s", calls, seconds)  # a count for each length of window
+        limiter = AsyncRedisRateLimiter(f"{LLM_RATE}:{seconds:g}s", calls, seconds)  # a count for each length of window
     # LPUSH by producer.py; here BRPOP, claim, Agent(task, log) with its XADDs, then `completed`, `failed` or a retry.
     return run_worker(Agent(llm, tools, limiter), **worker_options(args))
 

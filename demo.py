@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--llm-delay", default="1.0", metavar="S", help="seconds the mocked LLM takes to reply (1.0)")
     args = parser.parse_args(argv)
 
-    queue = TaskQueue(connect())  # starts the embedded server where there is none, so that the processes share it
+    queue = TaskQueue(connect())  # starts the embedded server if there is no other, so that the processes share it
     try:
         waiting = queue.owed()
     finally:
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
     print("\nAll of it is in Redis. Look, for example, at (after: source .venv/bin/activate):")
     print(f"  redis-cli XRANGE task_logs:{ids[0]} - +")
-    print(f"  python stream_reader.py {ids[0]} --replay 1")
+    print(f"  python stream_reader.py {ids[0]} --json")
     print(f"  cat outbox/task-{ids[2]}-*.eml")
     return 0
 

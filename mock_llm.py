@@ -6,12 +6,12 @@ the same method and a `model`: build it where agent_consumer.py builds MockLLM. 
 connections) are ordinary exceptions, the worker retries the task.
 """
 
+import asyncio
 import hashlib
 import itertools
 import json
 import re
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,9 @@ class MockLLM:
         self.delay_seconds = delay_seconds
         self.fail_rate = fail_rate
         self.seed = seed
-        self._calls = itertools.count(1)  # next() on it is atomic: threads may share one MockLLM
+        self._calls = itertools.count(1)
 
-    def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> Iterator[str | ToolCall]:
+    async def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[str | ToolCall]:
         """Yield the answer word by word, each with the space after it, then the tool call if there is one."""
         number = next(self._calls)
         if fraction(f"{self.seed}:{number}") < self.fail_rate:
@@ -61,7 +61,7 @@ class MockLLM:
         words = re.findall(r"\S+\s*", text)
         for word in words:
             if self.delay_seconds:
-                time.sleep(self.delay_seconds / len(words))
+                await asyncio.sleep(self.delay_seconds / len(words))
             yield word
         if call:
             yield call

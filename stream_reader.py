@@ -3,7 +3,6 @@
 Usage:   python stream_reader.py ID…                 to the end
          python stream_reader.py --all               every unfinished and new task, until Ctrl-C
          python stream_reader.py ID --since 1700000000000-7 | --no-follow | --json | --timeout 60
-         python stream_reader.py ID --replay 2       a finished task again, twice as fast as it was
 Exits:   0 completed, 1 failed (or Redis cannot be reached), 2 cancelled, 3 not ended yet, 4 no such task
 Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server
 Keys:    XREADs task_logs:<id>, one connection for all of them
@@ -16,8 +15,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from datetime import datetime
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -26,15 +24,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from ailf.messaging.redis import REDIS_ERRORS, blocking_client, decode, encode, is_transient
-from task_streams import Event, TaskLog, TaskQueue, keys
+from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, decode, encode, is_transient
+from task_streams import Event, LogReader, TaskQueue, keys
 from task_streams.cli import printable, run
-from task_streams.log import BLOCK_SECONDS, Cursor, check_cursor, follow
+from task_streams.log import BLOCK_SECONDS, PAGE, Cursor, Read, check_cursor, follow
 
 COMPLETED, FAILED, CANCELLED, NOT_ENDED, NO_SUCH_TASK = range(5)
 EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "cancelled": CANCELLED}
 OVERLAP_MS = 1_000  # by which two looks for new tasks overlap, with --all
-LONGEST_PAUSE_SECONDS = 5.0  # of a replay: nobody wants to watch a night in which nothing happened
 LONGEST_LINE_CHARS = 200  # of an event's text on a terminal; --json shows all of it
 ID_CHARS = 20  # of an id beside which everything else fits into 80 columns; a longer one is folded (on the bar: cut)
 BAR_CHARS = 20
@@ -56,8 +53,6 @@ STYLES = {
     "gap": "reverse",
     "reset": "reverse",
 }
-# What is left out of a line, because it stands elsewhere on it.
-NOT_IN_TEXT = {"timestamp", "attempt", "seq"}
 
 
 # -- events: where they come from -------------------------------------------------------------------------------
@@ -65,7 +60,7 @@ NOT_IN_TEXT = {"timestamp", "attempt", "seq"}
 
 def read(task_id: str, since: str, queue: TaskQueue) -> Iterator[Event]:
     """Yield the events after an entry id that there are, with each `gap` and `reset`."""
-    log, cursor = TaskLog(task_id, queue.redis), Cursor(since)
+    log, cursor = LogReader(task_id, queue.redis), Cursor(since)
     while True:
         events = log.read(cursor.id)
         yield from cursor.take(events)
@@ -77,28 +72,18 @@ def read(task_id: str, since: str, queue: TaskQueue) -> Iterator[Event]:
             yield reset
 
 
-def replay(events: Iterable[Event], speed: float) -> Iterator[Event]:
-    """Yield the events of a finished task with the pauses that they had, divided by `speed`."""
-    before: datetime | None = None
-    for event in events:
-        at: datetime | None
-        try:
-            at = datetime.fromisoformat(event.fields["timestamp"])
-        except (KeyError, TypeError, ValueError):  # an entry that somebody added by hand
-            at = before
-        if before is not None and at is not None:
-            time.sleep(max(0.0, min((at - before).total_seconds() / speed, LONGEST_PAUSE_SECONDS)))
-        before = at
-        yield event
+def reader(redis: Client) -> Read:
+    """Return what follow() asks for more: XREAD of all streams at once, each from its cursor on."""
+
+    def read(streams: dict[str, str], block_ms: int) -> Any:
+        return redis.xread(streams, count=PAGE, block=block_ms)
+
+    return read
 
 
 def events_of(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str, Event | None]]:
     """Yield (task id, event); ("", None) at least once a second while nothing happens."""
-    if args.replay is not None:
-        for task_id in args.ids:
-            for event in replay(read(task_id, args.since, queue), args.replay):
-                yield task_id, event
-    elif args.no_follow:
+    if args.no_follow:
         for task_id in args.ids:
             for event in read(task_id, args.since, queue):
                 yield task_id, event
@@ -106,7 +91,8 @@ def events_of(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str,
         yield from events_of_all(args, queue)
     else:
         cursors = dict.fromkeys(args.ids, args.since)
-        yield from follow(cursors, blocking_client(queue.redis, BLOCK_SECONDS), args.timeout)
+        redis = blocking_client(queue.redis, BLOCK_SECONDS)
+        yield from follow(cursors, redis, args.timeout, reader(redis))
 
 
 def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[str, Event | None]]:
@@ -132,7 +118,7 @@ def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[
     blocking = blocking_client(queue.redis, BLOCK_SECONDS)
     while time.monotonic() < deadline:
         look_again_at = look_for_new()
-        for task_id, event in follow(cursors, blocking):
+        for task_id, event in follow(cursors, blocking, read=reader(blocking)):
             yield task_id, event
             if time.monotonic() >= min(look_again_at, deadline):
                 look_again_at = look_for_new()
@@ -149,7 +135,7 @@ def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[
 
 def text_of(event: Event, before: Event | None) -> str:
     """Return what an event says, as one line for a person, and not again what the task's event `before` it said."""
-    values = {name: value for name, value in event.fields.items() if name not in NOT_IN_TEXT}
+    values = {name: value for name, value in event.fields.items() if name != "timestamp"}  # which begins the line
     shown = {name: encode(value) for name, value in values.items()}
     match event.name, shown:
         case "gap", {"missed": missed}:  # somebody's own entry of that name may have none
@@ -315,7 +301,7 @@ def watch(args: argparse.Namespace, queue: TaskQueue) -> int:
         printer.close()
     outcomes = {task_id: event.name for task_id, event in latest.items() if event.is_terminal}
     for task_id in [task_id for task_id in args.ids if task_id not in outcomes]:
-        last, record = TaskLog(task_id, queue.redis).last(), queue.get(task_id) or {"status": "waiting"}
+        last, record = LogReader(task_id, queue.redis).last(), queue.get(task_id) or {"status": "waiting"}
         outcomes[task_id] = last.name if last is not None and last.is_terminal else record["status"]
         if outcomes[task_id] not in keys.TERMINAL:
             print(f"stream_reader.py: task {task_id} has not ended: {outcomes[task_id]}", file=sys.stderr)
@@ -338,16 +324,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-follow", action="store_true", help="show what there is, and exit")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--timeout", type=positive, metavar="S", help="give up after S seconds (exit code 3)")
-    parser.add_argument(
-        "--replay", type=positive, metavar="SPEED", help="a finished task again, at SPEED x its own pace"
-    )
     args = parser.parse_args(argv)
     if bool(args.ids) == args.all:
         parser.error("name the tasks to watch, or --all" if args.all is False else "--all needs no ids")
-    if args.all and (args.no_follow or args.replay):
-        parser.error("--all follows: it takes neither --no-follow nor --replay")
-    if args.since == "$" and (args.no_follow or args.replay):
-        parser.error("--since $ waits for new events: not with --no-follow or --replay")
+    if args.all and args.no_follow:
+        parser.error("--all follows: it does not take --no-follow")
+    if args.since == "$" and args.no_follow:
+        parser.error("--since $ waits for new events: not with --no-follow")
     try:
         check_cursor(args.since)
     except ValueError as error:

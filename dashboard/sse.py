@@ -6,8 +6,8 @@ from typing import Any
 from ag_ui.core import BaseEvent
 
 from task_streams import keys
+from task_streams.claims import check_id
 from task_streams.log import check_cursor, order
-from task_streams.queue import check_id
 
 from .ag_ui import Mapper
 from .hub import Hub, Item

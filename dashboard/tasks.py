@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ailf.messaging.redis import from_json
-from task_streams import NoSuchTask, TaskLog, TaskQueue, keys
-from task_streams.queue import Malformed, parse_element
-from task_streams.worker import WORKER_NAME, cancel_task
+from task_streams import LogReader, NoSuchTask, TaskQueue, keys
+from task_streams.claims import Malformed, parse_element
+from task_streams.leases import WORKER_NAME
 
 SNAPSHOT_SECONDS = 0.5  # how old a list may be
 LISTED = 200  # of the next elements, whose place in the queue is told
 MOST_RUNNING = 1_000  # running tasks whose worker is looked up
 PROGRESS_WITHIN = 20  # of a stream's last entries, among which the last progress is looked for
 STATES = {
-    "waiting": ("waiting", "retrying"),
+    "waiting": ("waiting", "retrying", "delayed"),
     "running": ("running",),
     "done": ("completed", "cancelled"),
     "failed": ("failed",),
@@ -172,7 +172,7 @@ class Tasks:
         percent, step = self._progress(task_id) if status == "running" else (None, None)
         return {
             "id": task_id,
-            "state": "waiting" if status == "retrying" else status,
+            "state": "waiting" if status in STATES["waiting"] else status,
             "status": status,
             "type": kind if isinstance(kind, str) else None,
             "data": data,
@@ -189,7 +189,7 @@ class Tasks:
         }
 
     def _progress(self, task_id: str) -> tuple[float | None, str | None]:
-        for event in TaskLog(task_id, self.queue.redis).newest(PROGRESS_WITHIN):
+        for event in LogReader(task_id, self.queue.redis).newest(PROGRESS_WITHIN):
             percent, step = event.fields.get("percent"), event.fields.get("step")
             if event.name == "progress" and isinstance(percent, int | float):
                 return max(0, min(100, percent)), step if isinstance(step, str) else None
@@ -211,7 +211,7 @@ class Tasks:
     def cancel(self, task_id: str, reason: str) -> str:
         """Return "cancelled" or "requested". Raises NoSuchTask; Conflict where the task has ended."""
         try:
-            return self._after(cancel_task(self.queue, task_id, reason))
+            return self._after(self.queue.cancel(task_id, reason))
         except ValueError as error:
             raise Conflict(str(error)) from error
         except NoSuchTask:

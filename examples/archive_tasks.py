@@ -6,7 +6,7 @@ Keys:    reads {task_queue}:finished in a consumer group of the file's own (XREA
 See:     docs/source/guides/redis.md
 
 A consumer group delivers at least once. Exactly once comes from the file: each line holds the id of its entry, entries
-come in order, and one process writes. So what is not after the last line's entry is there already.
+come in order, and one process writes. So an entry that is not after the last line's entry is in the file already.
 Only the last 10,000 finished tasks are kept in Redis: an archive that runs once a day must be enough for that.
 """
 
@@ -62,7 +62,7 @@ def last_entry(file: IO[bytes]) -> str:
         entry_id = str(json.loads(last[0])["entry"]) if last else "0-0"
         order(entry_id)
     except (ValueError, KeyError, TypeError):
-        raise UsageError("its last line is none of this program's: name another file") from None
+        raise UsageError("this program did not write its last line: name another file") from None
     return entry_id
 
 

@@ -41,7 +41,7 @@ def subscriber(once: bool) -> int:
 
 
 def publisher(once: bool) -> int:
-    """Send commands, and print the result of each. Exit code 1 where nobody answers."""
+    """Send commands, and print the result of each. Exit code 1 if nobody answers."""
     results: Queue[dict[str, Any]] = Queue()
     with RedisPubSub() as pubsub:
         pubsub.subscribe("agent-results", results.put)  # before the first command: a channel keeps nothing

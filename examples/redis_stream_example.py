@@ -35,7 +35,7 @@ def dispatcher(once: bool) -> int:
 
 
 def worker(name: str, once: bool) -> int:
-    """Process documents until Ctrl-C. Killed and started again under its name, it goes on where it was."""
+    """Process documents until Ctrl-C. After a kill, start it under the same name: it continues where it stopped."""
     stream = RedisStream(STREAM, stale_ms=STALE_MS)
     stream.create_consumer_group(GROUP, name)
 

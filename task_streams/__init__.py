@@ -1,12 +1,16 @@
 """The helper that the scripts share: a queue says what to do, a stream per task says what is happening."""
 
-from .log import Event, LeaseLost, StreamEnded, TaskCancelled, TaskLog
-from .queue import NoSuchTask, Task, TaskQueue
-from .worker import PermanentFailure, run_worker
+from .claims import Task
+from .log import BlockingLog, Cursor, Event, LeaseLost, LogReader, StreamEnded, TaskCancelled, TaskLog
+from .queue import NoSuchTask, TaskQueue
+from .worker import PermanentFailure, run_worker, work
 
 __all__ = [
+    "BlockingLog",
+    "Cursor",
     "Event",
     "LeaseLost",
+    "LogReader",
     "NoSuchTask",
     "PermanentFailure",
     "StreamEnded",
@@ -15,4 +19,5 @@ __all__ = [
     "TaskLog",
     "TaskQueue",
     "run_worker",
+    "work",
 ]

@@ -29,9 +29,9 @@ from ailf.messaging.redis import Client, blocking_client, connect, encode
 from ailf.messaging.redis.__main__ import main as embedded_server
 
 from . import keys, status
+from .claims import check_id
 from .cli import parse_json, print_ids, printable, put_all
-from .queue import NoSuchTask, TaskQueue, check_id
-from .worker import cancel_task
+from .queue import NoSuchTask, TaskQueue
 
 LETTERS_PAGE = 100  # dead letters read at one time, since each may hold a megabyte
 MAX_CELL_CHARS = 300  # of a reason on a terminal or in a line; --json shows all of it
@@ -59,7 +59,7 @@ def cancel(args: argparse.Namespace) -> int:
     queue, code = TaskQueue(connect(start=False)), 0
     for task_id in dict.fromkeys(args.ids):
         try:
-            outcome = cancel_task(queue, check_id(task_id), args.reason)
+            outcome = queue.cancel(check_id(task_id), args.reason)
         except (NoSuchTask, ValueError) as error:  # the others can be cancelled all the same
             # subtle: a task that was pushed by hand has no record before its first claim
             unclaimed = isinstance(error, NoSuchTask) and queue.is_listed(task_id)

@@ -1,7 +1,7 @@
 """Every key name and every event name, and nothing else.
 
-The queue's companions carry the hash tag {task_queue}, a stream's writer {task_logs:<id>}: in a Redis Cluster each of
-the two families lives in one slot, so that a script may touch it as a whole.
+The queue's companions carry the hash tag {task_queue}: in a Redis Cluster they share a slot, so that one script may
+touch all of them. Each stream has a slot of its own.
 """
 
 QUEUE = "task_queue"  # list: tasks waiting; LPUSH on the left, BRPOP on the right
@@ -12,11 +12,11 @@ RECENT = "{task_queue}:recent"  # zset: the last ids, for lists
 DEAD = "{task_queue}:dead"  # list: tasks given up on, with the reason
 TOTALS = "{task_queue}:totals"  # hash: status -> how many tasks have ended so
 FINISHED = "{task_queue}:finished"  # stream: id and status of the last tasks that ended, for consumer groups
+AUDITED = "{task_queue}:audited"  # string, for a second: somebody has looked for lost tasks
 
 FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD, FINISHED, TOTALS)  # all other keys expire
 
 CANCEL_CHANNEL = "task_queue:cancel"  # PubSub: the id of a task whose record asks for its end
-RECOVERY_LOCK = "task_queue:recovery"  # RedisLock: its holder looks for lost tasks
 LLM_RATE = "llm_rate"  # RedisRateLimiter: the calls of all workers to one LLM, llm_rate:<seconds>s:<model>
 
 
@@ -30,14 +30,9 @@ def stream(task_id: str) -> str:
     return f"task_logs:{task_id}"
 
 
-def writer(task_id: str) -> str:
-    """Return the key of the hash that says who may append to a task's stream, and its last `seq`."""
-    return f"{{task_logs:{task_id}}}:writer"
-
-
-# Event name -> its own fields, beside `event`, `timestamp`, `attempt` and `seq`, which every entry has.
+# Event name -> its own fields, beside `event` and `timestamp`, which every entry has.
 EVENTS: dict[str, tuple[str, ...]] = {
-    "started": ("worker",),
+    "started": ("worker", "attempt"),
     "processing": ("step",),
     "chain_of_thought": ("step", "prompt", "thought"),
     "llm_delta": ("text",),

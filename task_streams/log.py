@@ -1,37 +1,38 @@
 """A task's stream of events, `task_logs:<id>`: append to it, read it, follow it.
 
-Every event is appended by one script (append.lua), which checks the writer, numbers the event and writes it once. The
-entry id is <ms>-<seq>, so it serves as the cursor everywhere and tells how many events a reader missed.
+An entry's id is <epoch>-<seq>. The epoch belongs to one attempt and grows; seq counts 1, 2, 3 … over the task's whole
+life. Redis takes an id only if it is greater than the last one, and that fences: once the next attempt has written, a
+late append of an earlier one is refused. It also makes a repeated append harmless, and tells a reader what it missed.
 """
 
+import asyncio
 import logging
-import secrets
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 from redis import RedisCluster
+from redis.exceptions import ResponseError
 
 from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect, decode, encode, is_transient, reason_of
 
 from . import keys
-from .batching import Call, SharedScript
-from .lua import load
+from .pipeline import AnyPipeline
 from .retrying import delays
 
 logger = logging.getLogger(__name__)
 
 MAXLEN = 10_000  # entries kept of one stream, approximately (MAXLEN ~)
 TTL_SECONDS = 24 * 3600  # how long a stream can be read after its end
+MAX_ERROR_CHARS = 2_000  # of an exception's message in an event
 MAX_EVENT_BYTES = 1_000_000  # of an event's fields; larger things belong in a file
 BLOCK_SECONDS = 1.0  # of one XREAD: short, so that Ctrl-C is noticed within a second
 PAGE = 500  # entries per XREAD: history comes in pages
-UNLEASED_PATIENCE_SECONDS = 15.0  # how long an append without a lease is repeated while Redis is away
 START = "0-0"  # the entry id before the first
-RESERVED = frozenset({"event", "timestamp", "attempt", "seq"})
+RESERVED = frozenset({"event", "timestamp"})
 
 
 class LeaseLost(Exception):
@@ -43,14 +44,14 @@ class StreamEnded(Exception):
 
 
 class TaskCancelled(Exception):
-    """Somebody asked for this task's end; the message is the reason."""
+    """Somebody asked for this task's end, or its time is up; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """One entry of a stream, decoded. `gap` and `reset` are a reader's own: no entry says them."""
 
-    id: str  # the entry id, <ms>-<seq>: the cursor to go on from
+    id: str  # the entry id, <epoch>-<seq>: the cursor to go on from
     name: str
     fields: dict[str, Any]
 
@@ -68,146 +69,185 @@ class Event:
         return cls(entry_id, str(values.pop("event", "")), values)
 
 
-@dataclass
+@dataclass(slots=True)
 class Lease:
-    """What a worker knows of its lease; shared by the log that appends and the thread that renews."""
+    """How long a worker may believe that it holds a task. The heartbeat renews it."""
 
-    deadline: float  # time.monotonic() after which it must not be believed
-    lost: threading.Event = field(default_factory=threading.Event)
-    cancel_reason: str | None = None
+    deadline: float  # time.monotonic()
+    is_lost: bool = False
 
     @property
     def is_over(self) -> bool:
-        return self.lost.is_set() or time.monotonic() > self.deadline
+        return self.is_lost or time.monotonic() > self.deadline
+
+
+Finish = Callable[[str, Any, str, list[str]], Awaitable[bool]]  # event, result, entry id, fields -> False: lease lost
 
 
 class TaskLog:
-    """The stream of one task. Without a client it connects by the policy. Thread-safe.
+    """The log of one attempt: what its handler writes. For asyncio; BlockingLog is the same for a thread.
 
-    A worker's log carries the attempt and token of its claim, and appends only while it holds the lease. A log without
-    them may write a stream that no worker has written yet, as its only writer. Logs that are used by many threads at
-    the same time may have one `script` in common (SharedScript of append.lua).
+    The log owns an append, not the coroutine that asked for it. One is on its way at a time, in the order of the calls.
+    A coroutine that is cancelled meanwhile changes nothing. An append whose reply was lost is sent again with the same
+    bytes before the next one, so every event is written once.
     """
 
-    def __init__(
-        self,
-        task_id: str | int,
-        client: Client | None = None,
-        *,
-        attempt: int = 0,
-        token: str = "",
-        lease: Lease | None = None,
-        script: SharedScript | None = None,
-        maxlen: int = MAXLEN,
-        ttl_seconds: float = TTL_SECONDS,
-    ) -> None:
+    def __init__(self, task_id: str, epoch: str, seq: int, lease: Lease, pipe: AnyPipeline, finish: Finish) -> None:
+        self.task_id, self.epoch, self.seq = task_id, epoch, seq
+        self.lease = lease
+        self._pipe, self._finish = pipe, finish
+        self._stream = keys.stream(task_id)
+        self._in_order = asyncio.Lock()  # it lets the calls pass in the order in which they came
+        self._closed: Exception | None = None  # why nothing more is appended
+        self._stopped: Exception | None = None  # why the handler may append no more
+
+    async def add(self, event: str, /, **fields: Any) -> str:
+        """Append one event (XADD) and return its entry id. Atomic; written once.
+
+        While Redis is away it waits and tries again, until the lease is over. Raises LeaseLost, StreamEnded,
+        TaskCancelled (then stop, the worker writes the end), ValueError or TypeError for what JSON cannot hold, and
+        ValueError for a terminal event: a handler returns, or raises, instead.
+        """
+        self.check()
+        if event in keys.TERMINAL:
+            raise ValueError(f"{event!r} is written by the worker: return the result, or raise an exception")
+        await self._pipe.ready()
+        return await self.add_always(event, **fields)
+
+    async def add_always(self, event: str, /, **fields: Any) -> str:
+        """Append as add() does, even if the handler may append no more: the worker's way to say why."""
+        pairs = self._prepare(event, fields)
+        # subtle: in a task of its own, so that it is written whatever becomes of the coroutine that asked for it
+        writing = asyncio.create_task(self._write(event, pairs, None))
+        # subtle: else asyncio logs the error of one for which nobody waits any more
+        writing.add_done_callback(lambda written: written.cancelled() or written.exception())
+        return await asyncio.shield(writing)
+
+    async def end(self, event: str, result: Any, /, **fields: Any) -> None:
+        """Append the terminal event and close the task's record with `result`. Nothing can be appended after it.
+
+        For the worker, which must not cancel it. Raises LeaseLost.
+        """
+        await self._write(event, self._prepare(event, fields), result)
+
+    def check(self) -> None:
+        """Raise what add() would raise, without writing: for a handler that waits."""
+        if (why := self._closed or self._stopped) is not None:
+            raise why
+        if self.lease.is_over:
+            raise LeaseLost(f"the lease of task {self.task_id} is over")
+
+    def stop(self, reason: Exception) -> None:
+        """Let the handler append no more: add() and check() raise this from now on."""
+        self._stopped = self._stopped or reason
+
+    def _prepare(self, event: str, fields: dict[str, Any]) -> list[str]:
+        if self._closed is not None:
+            raise self._closed
+        pairs = entry_fields(event, fields)
+        if event in keys.TERMINAL:
+            self._closed = StreamEnded(event)
+        return pairs
+
+    async def _write(self, event: str, pairs: list[str], result: Any) -> str:
+        async with self._in_order:
+            entry_id = f"{self.epoch}-{self.seq + 1}"
+            try:
+                await self._insist(event, entry_id, pairs, result)
+            except LeaseLost as lost:
+                self.lease.is_lost, self._closed = True, lost
+                raise
+            self.seq += 1
+            return entry_id
+
+    async def _insist(self, event: str, entry_id: str, pairs: list[str], result: Any) -> None:
+        """Write an entry with the same bytes until its outcome is known; after a terminal one, close the record."""
+        is_end = event in keys.TERMINAL
+        is_written = is_end and self._pipe.is_one_server  # there `finish` writes it in the same call
+        for delay in delays():
+            if self.lease.is_over:
+                raise LeaseLost(f"the lease of task {self.task_id} is over")
+            try:
+                if not is_written:
+                    await self._xadd(entry_id, pairs)
+                    is_written = True
+                if is_end and not await self._finish(event, result, entry_id, pairs):
+                    raise LeaseLost(f"task {self.task_id} is held by somebody else now")
+                return
+            except REDIS_ERRORS as error:
+                if not is_transient(error):
+                    raise
+            await asyncio.sleep(delay)
+
+    async def _xadd(self, entry_id: str, pairs: list[str]) -> None:
+        # subtle: NOMKSTREAM. If the stream is gone the writer is told (the reply is nil), not fooled.
+        add = self._pipe.call("XADD", self._stream, "NOMKSTREAM", "MAXLEN", "~", MAXLEN, entry_id, *pairs)
+        try:
+            if await add is None:
+                raise LeaseLost(f"the stream of task {self.task_id} is gone")
+        except ResponseError as error:
+            if "equal or smaller" not in str(error) and "last possible ID" not in str(error):
+                raise
+            # a greater id is in the stream: somebody else's, or this entry itself, from a try whose reply was lost
+            found = await self._pipe.call("XRANGE", self._stream, entry_id, entry_id)
+            if not found or list(found[0][1]) != pairs:
+                raise LeaseLost(f"task {self.task_id} is written by somebody else now") from None
+
+
+class BlockingLog:
+    """A TaskLog for a handler that is a plain function: it runs in a thread, and each call blocks it."""
+
+    def __init__(self, log: TaskLog, loop: asyncio.AbstractEventLoop) -> None:
+        self.task_id, self._log, self._loop = log.task_id, log, loop
+
+    def add(self, event: str, /, **fields: Any) -> str:
+        """Append one event, as TaskLog.add() does."""
+        return asyncio.run_coroutine_threadsafe(self._log.add(event, **fields), self._loop).result()
+
+    def check(self) -> None:
+        """Raise what add() would raise, without writing: for a handler that waits."""
+        self._log.check()
+
+
+def entry_fields(event: str, fields: dict[str, Any]) -> list[str]:
+    """Return an event as the names and values of a stream's entry, with the time at which it happened.
+
+    entry_fields("progress", {"percent": 5}) -> ["event", "progress", "timestamp", "2026-…Z", "percent", "5"]
+    Raises ValueError or TypeError for what cannot be stored.
+    """
+    if not event.isidentifier() or event in ("gap", "reset"):
+        raise ValueError(f"not an event name: {event!r}")
+    if clash := RESERVED & fields.keys():
+        raise ValueError(f"the field {min(clash)!r} is written by the log itself")
+    pairs = ["event", event, "timestamp", now_text()]
+    for name, value in fields.items():
+        pairs += (name, encode(value))
+    "".join(fields).encode()  # subtle: a name that UTF-8 cannot hold is this call's error and nobody else's
+    if sum(map(len, pairs)) > MAX_EVENT_BYTES // 4 and (size := len("".join(pairs).encode())) > MAX_EVENT_BYTES:
+        raise ValueError(f"the event {event} has {size:,} bytes; the limit is {MAX_EVENT_BYTES:,}")
+    return pairs
+
+
+def message_of(error: BaseException) -> str:
+    """Return what an exception says, as events have it: cut, and as text that UTF-8 can hold."""
+    return str(error)[:MAX_ERROR_CHARS].encode(errors="backslashreplace").decode() or repr(error)
+
+
+def now_text() -> str:
+    """Return the time as events have it: "2026-11-24T20:15:00.123Z"."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class LogReader:
+    """Reads the stream of one task. Without a client it connects by the policy. For threads; it blocks."""
+
+    def __init__(self, task_id: str | int, client: Client | None = None) -> None:
         self.task_id = str(task_id)
         self.redis = connect() if client is None else client
-        self.attempt, self.token, self.lease = attempt, token or secrets.token_hex(16), lease
-        self.maxlen, self.ttl_seconds = maxlen, ttl_seconds
-        self._append = script or SharedScript(self.redis, load(self.redis, "append"))
-        self._number = 0
-        self._ending = ""  # the terminal event that call() gave away
-        self._lock = threading.Lock()
 
     @cached_property
     def _blocking(self) -> Client:
         return blocking_client(self.redis, BLOCK_SECONDS)
-
-    # -- appending ----------------------------------------------------------------------------------------------
-
-    def add(self, event: str, /, **fields: Any) -> str:
-        """Append one event and return its entry id. Atomic, and written once even where it is repeated.
-
-        While Redis is away it blocks and tries again, until the lease is over. Raises LeaseLost, StreamEnded,
-        TaskCancelled (then stop, the worker writes `cancelled`), ValueError or TypeError for what JSON cannot hold.
-        """
-        if self.lease is not None and self.lease.cancel_reason is not None:
-            raise TaskCancelled(self.lease.cancel_reason)
-        return self.add_always(event, **fields)
-
-    def check(self) -> None:
-        """Raise LeaseLost or TaskCancelled where add() would, without writing: for a handler that waits."""
-        if self.lease is not None:
-            if self.lease.cancel_reason is not None:
-                raise TaskCancelled(self.lease.cancel_reason)
-            self._check_lease()
-
-    def add_always(self, event: str, /, **fields: Any) -> str:
-        """Append as add() does, even when a cancellation was asked for: the worker's way to write the end."""
-        with self._lock:  # subtle: a repeated append is known by its number, so the numbers must arrive in order
-            if self._ending:  # as a thread finds that a handler has left behind
-                raise StreamEnded(self._ending)
-            outcome = self.outcome(self._insist(self._prepare(event, fields)))
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    def call(self, event: str, /, *more_keys: str, **fields: Any) -> Call:
-        """Return the call that adds this event, to be sent with others, once or again; outcome() reads its reply.
-
-        The number of the event is taken: what is added next comes after it, and nothing behind a terminal event.
-        Raises as add() does.
-        """
-        with self._lock:
-            args = self._prepare(event, fields)
-            self._ending = event if event in keys.TERMINAL else ""
-        return self._append.script, [*self._keys, *more_keys], args
-
-    def _prepare(self, event: str, fields: dict[str, Any]) -> list[Any]:
-        if not event.isidentifier() or event in ("gap", "reset"):
-            raise ValueError(f"not an event name: {event!r}")
-        if clash := RESERVED & fields.keys():
-            raise ValueError(f"the field {min(clash)!r} is written by the log itself")
-        "".join(fields).encode()  # a name that UTF-8 cannot hold is refused here, not among the calls of others
-        pairs = [text for name, value in fields.items() for text in (name, encode(value))]
-        characters = sum(map(len, pairs))
-        if characters > MAX_EVENT_BYTES // 4 and (size := len("".join(pairs).encode())) > MAX_EVENT_BYTES:
-            raise ValueError(f"the event {event} has {size:,} bytes; the limit is {MAX_EVENT_BYTES:,}")
-        self._number += 1
-        terminal = int(event in keys.TERMINAL)
-        ttl_ms = int(self.ttl_seconds * 1000)
-        return [self.attempt, self.token, self._number, terminal, self.maxlen, ttl_ms, event, *pairs]
-
-    def outcome(self, reply: Any) -> str | Exception:
-        """Return the entry id that a reply of append.lua holds, or what add() is to raise for it."""
-        if isinstance(reply, Exception):
-            return reply
-        if reply[0] == "lost":
-            if self.lease is not None:
-                self.lease.lost.set()
-            if int(reply[1]) < self.attempt:
-                return LeaseLost(f"what attempt {self.attempt} of task {self.task_id} wrote is gone, and its claim too")
-            return LeaseLost(f"task {self.task_id} is written by its attempt {reply[1]} now")
-        return StreamEnded(reply[1]) if reply[0] == "ended" else str(reply[1])
-
-    @property
-    def _keys(self) -> list[str]:
-        return [keys.stream(self.task_id), keys.writer(self.task_id)]
-
-    def _insist(self, args: list[Any]) -> Any:
-        """Run append.lua, again and again while Redis is away, for as long as the lease may be believed."""
-        limit = time.monotonic() + UNLEASED_PATIENCE_SECONDS
-        wait = None
-        while True:
-            self._check_lease()
-            try:
-                return self._append(keys=self._keys, args=args)
-            except REDIS_ERRORS as error:
-                wait = wait or delays()
-                delay = next(wait)
-                if not is_transient(error) or (self.lease is None and time.monotonic() + delay > limit):
-                    raise
-            if self.lease is not None:
-                self.lease.lost.wait(delay)
-            else:
-                time.sleep(delay)
-
-    def _check_lease(self) -> None:
-        if self.lease is not None and self.lease.is_over:
-            raise LeaseLost(f"the lease of task {self.task_id} (attempt {self.attempt}) is over")
-
-    # -- reading ------------------------------------------------------------------------------------------------
 
     def read(self, since: str = "0", count: int | None = None) -> list[Event]:
         """Return the events after an entry id (XRANGE), without waiting."""
@@ -321,15 +361,25 @@ class Cursor:
         return notice
 
 
+# Streams with the entry ids after which to read, and ms to block -> XREAD's reply.
+Read = Callable[[dict[str, str], int], Any]
+
+
+def xread(redis: Client) -> Read:
+    """Return the call that reads streams with XREAD BLOCK."""
+    return lambda streams, block_ms: redis.xread(streams, count=PAGE, block=block_ms)
+
+
 def follow(
-    cursors: dict[str, str], blocking: Client, timeout_seconds: float | None = None
+    cursors: dict[str, str], blocking: Client, timeout_seconds: float | None = None, read: Read | None = None
 ) -> Iterator[tuple[str, Event | None]]:
     """Yield (task id, event) of several streams over one connection, until all have ended.
 
     `cursors` maps task ids to entry ids; it is the caller's, who may add tasks while following. After BLOCK_SECONDS
-    without an event comes ("", None), so that the caller can look around. `blocking` is a blocking_client. See
-    TaskLog.follow for the rest.
+    without an event comes ("", None), so that the caller can look around. `blocking` is a blocking_client; `read` is
+    how it is asked, by XREAD. See LogReader.follow for the rest.
     """
+    read = read or xread(blocking)
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     at: dict[str, Cursor] = {}
     look_at = 0.0  # time.monotonic() at which to look at the ends of all streams
@@ -347,7 +397,12 @@ def follow(
                 return
             left = BLOCK_SECONDS if deadline is None else deadline - time.monotonic()
             block_ms = max(1, int(min(left, BLOCK_SECONDS) * 1000))  # subtle: 0 would block for ever
-            reply = _xread(blocking, {keys.stream(task_id): cursor.id for task_id, cursor in at.items()}, block_ms)
+            streams = {keys.stream(task_id): cursor.id for task_id, cursor in at.items()}
+            if not isinstance(blocking, RedisCluster):
+                reply = read(streams, block_ms)
+            else:  # they are on different nodes: one after the other
+                each_ms = max(1, block_ms // len(streams))
+                reply = [found for one in streams.items() for found in read(dict([one]), each_ms)]
         except REDIS_ERRORS as error:
             if not is_transient(error):
                 raise
@@ -370,15 +425,6 @@ def follow(
                 yield task_id, event
                 if event.is_terminal:
                     break
-
-
-def _xread(blocking: Client, streams: dict[str, str], block_ms: int) -> list[Any]:
-    """XREAD all streams at once; in a cluster, where they are in different slots, one after the other."""
-    if not isinstance(blocking, RedisCluster):
-        return list(blocking.xread(streams, count=PAGE, block=block_ms))
-    each_ms = max(1, block_ms // len(streams))
-    replies = [blocking.xread({stream: cursor}, count=PAGE, block=each_ms) for stream, cursor in streams.items()]
-    return [reply for stream_replies in replies for reply in stream_replies]
 
 
 def _look(

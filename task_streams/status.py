@@ -19,9 +19,9 @@ from rich.text import Text
 from ailf.messaging.redis import REDIS_ERRORS, Client, is_transient, reason_of, url_of
 
 from . import keys
+from .claims import Malformed, parse_element
 from .cli import printable
-from .queue import Malformed, parse_element
-from .worker import WORKER_NAME
+from .leases import WORKER_NAME
 
 REFRESH_SECONDS = 1.0  # of the live table
 MOST_LEASES = 10_000  # tasks that run or rest whose records one look reads; the rest is counted
@@ -110,7 +110,7 @@ def tables_of(state: dict[str, Any], most: int, footer: str) -> Group:
     rows = [
         ("waiting", state["waiting"], "" if oldest is None else f"the oldest for {duration(oldest)}"),
         ("running", state["running"], ""),
-        ("resting", state["resting"], "until their next attempt" if state["resting"] else ""),
+        ("resting", state["resting"], "until they are due" if state["resting"] else ""),
         *((outcome, state[outcome], "") for outcome in OUTCOMES),
         ("dead letters", state["dead"], "python -m task_streams dead" if state["dead"] else ""),
         ("workers", len(workers), named or "python agent_consumer.py starts one"),

@@ -38,8 +38,8 @@ DEADLINE_SECONDS = 60.0  # no test measures time: this only ends one that hangs,
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Run four tests at a time at least: they wait more than they compute."""
-    return max(4, os.cpu_count() or 1)
+    """Run eight tests at a time at least: they wait more than they compute."""
+    return max(8, os.cpu_count() or 1)
 
 
 # Tests that share a server, a browser or ports run one after the other, in one process: the file, or a part of the
@@ -178,6 +178,32 @@ def valkey(tmp_path: Path) -> Iterator[Server]:
     """A fresh embedded Valkey per test, where one engine tells as much as two."""
     server = Server(get_binary_path(), tmp_path)
     yield server
+    server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def lasting_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One embedded Valkey for all tests of this process that break no server. Use empty_valkey."""
+    server = Server(get_binary_path(), tmp_path_factory.mktemp("valkey"))
+    yield server
+    server.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def empty_valkey(lasting_valkey: Server) -> Server:
+    """The embedded Valkey that all tests of this process share, emptied."""
+    lasting_valkey.client().flushall()
+    return lasting_valkey
+
+
+@pytest.fixture
+def cluster_of_one(tmp_path: Path) -> Iterator[str]:
+    """The URL of a fresh Redis Cluster of one node, which holds all slots and refuses to mix them."""
+    server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    admin = server.client()
+    admin.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+    wait_until(lambda: admin.cluster("info")["cluster_state"] == "ok", "the cluster is up")
+    yield server.url.replace("redis://", "redis+cluster://")
     server.stop(signal.SIGKILL)
 
 

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from task_streams import PermanentFailure, Task, TaskLog, run_worker
-from task_streams.cli import run
-from task_streams.worker import add_worker_arguments, worker_options
+from task_streams import BlockingLog, PermanentFailure, Task, TaskLog, leases, run_worker
+from task_streams.cli import add_worker_arguments, run, worker_options
 
 
 class Journal:
@@ -32,13 +32,14 @@ class Journal:
 
 
 def make_handler(journal: Journal) -> Any:
-    def handle(task: Task, log: TaskLog) -> Any:
+    async def handle(task: Task, log: TaskLog) -> Any:
         data = task.data if isinstance(task.data, dict) else {}
         journal.write("begin", task)
         try:
             for step in range(data.get("steps", 1)):
-                log.add("progress", percent=step, step=f"step {step}")
-                time.sleep(data.get("seconds", 0))
+                await log.add("progress", percent=step, step=f"step {step}")
+                await asyncio.sleep(data.get("seconds", 0))
+                time.sleep(data.get("hang", 0))
             match data.get("then"):
                 case "raise":
                     raise RuntimeError("as told")
@@ -59,16 +60,42 @@ def make_handler(journal: Journal) -> Any:
     return handle
 
 
+def make_blocking_handler(journal: Journal) -> Any:
+    """Return the same as a plain function, which runs in a thread."""
+
+    def handle(task: Task, log: BlockingLog) -> Any:
+        data = task.data if isinstance(task.data, dict) else {}
+        journal.write("begin", task)
+        try:
+            for step in range(data.get("steps", 1)):
+                log.add("progress", percent=step, step=f"step {step}")
+                time.sleep(data.get("seconds", 0))
+            return {"attempt": task.attempt}
+        finally:
+            journal.write("end", task)
+
+    return handle
+
+
+def fault(name: str) -> None:
+    """Kill this process here if a test asked for it by $TASK_STREAMS_FAULT, as kill -9 would."""
+    if os.environ.get("TASK_STREAMS_FAULT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("journal")
     parser.add_argument("--max-attempts", type=int, default=3)
     parser.add_argument("--backoff", type=float, default=1.0)
+    parser.add_argument("--silent-loop", type=float, default=leases.SILENT_LOOP_SECONDS)
+    parser.add_argument("--blocking", action="store_true")
     add_worker_arguments(parser)
     args = parser.parse_args()
-    handler = make_handler(Journal(args.journal))
-    options = worker_options(args)
-    return run_worker(handler, max_attempts=args.max_attempts, backoff_seconds=args.backoff, **options)
+    leases.SILENT_LOOP_SECONDS = args.silent_loop
+    handler = (make_blocking_handler if args.blocking else make_handler)(Journal(args.journal))
+    options = {"max_attempts": args.max_attempts, "backoff_seconds": args.backoff, **worker_options(args)}
+    return run_worker(handler, fault=fault, **options)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ import pytest
 from commands import Result, typed
 from conftest import ROOT, Server, free_port, wait_until
 from redis import Redis
+from streams import finish, take
 from test_scripts import elements, finished, on_terminal
 
 from ailf.messaging.redis import RedisUnavailable, embedded
-from task_streams import Task, TaskLog, TaskQueue, keys
+from task_streams import LogReader, Task, TaskQueue, keys
 from task_streams.admin import main
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -187,7 +188,7 @@ def test_status_does_not_read_the_tasks_that_wait(admin: Admin, queue: TaskQueue
 
 def take_all(queue: TaskQueue, worker: str) -> list[Task]:
     taken = []
-    while (task := queue.take(0.05, worker=worker, lease_seconds=3600)) is not None:
+    while (task := take(queue, worker=worker, lease_seconds=3600)) is not None:
         taken.append(task)
     return taken
 
@@ -278,7 +279,7 @@ def test_names_cannot_steer_the_terminal(admin: Admin, queue: TaskQueue) -> None
     take_all(queue, HOSTILE)
     queue.redis.hset(keys.record(HOSTILE), mapping=queue.redis.hgetall(keys.record("1")))
     queue.redis.zadd(keys.LEASES, {HOSTILE: 1})
-    queue.bury({"id": HOSTILE, "reason": HOSTILE, "attempts": HOSTILE})
+    queue.redis.lpush(keys.DEAD, json.dumps({"id": HOSTILE, "reason": HOSTILE, "attempts": HOSTILE}))
     on_screen = [admin("status", "--once", terminal=True), admin("dead", terminal=True)]
 
     assert [one.code for one in on_screen] == [0, 0]
@@ -299,7 +300,7 @@ def test_waiting_task_is_cancelled_with_the_reason(admin: Admin, queue: TaskQueu
     result = admin("cancel", "t", "--reason", "the wrong file")
     again = admin("cancel", "t")
 
-    end = TaskLog("t", queue.redis).last()
+    end = LogReader("t", queue.redis).last()
     assert (result.code, result.out) == (0, "t\n")
     assert end is not None
     assert (end.name, end.fields["reason"]) == ("cancelled", "the wrong file")
@@ -318,7 +319,7 @@ def test_running_task_is_ended_by_its_worker(admin: Admin, queue: TaskQueue, wor
     assert cancel.code == 0
     assert "task 1: asked to stop" in cancel.out
     wait_for_status(admin, lambda state: state["cancelled"], "it is cancelled")
-    end = TaskLog("1", queue.redis).last()
+    end = LogReader("1", queue.redis).last()
     assert end is not None
     assert end.fields["reason"] == "cancelled by hand"
 
@@ -351,7 +352,7 @@ def test_dead_letters_are_listed_newest_first(admin: Admin, queue: TaskQueue) ->
     for n in range(25):
         queue.put({})
         [task] = take_all(queue, "test")
-        queue.finish(task, "failed", f"reason {n}")
+        finish(queue, task, "failed", f"reason {n}")
 
     result, some = admin("dead"), admin("dead", "--limit", "2", "--json")
 
@@ -429,7 +430,7 @@ def test_malformed_dead_letters_stand_in_nobodys_way(admin: Admin, queue: TaskQu
     """They are listed with what is known; requeue leaves those that hold no task, and says how many."""
     finished(queue, "failed")
     queue.redis.lpush(keys.DEAD, *MALFORMED)
-    queue.bury({"reason": "not JSON", "element": "nonsense"})
+    queue.redis.lpush(keys.DEAD, json.dumps({"reason": "not JSON", "element": "nonsense"}))
     finished(queue, "failed")
 
     listed, as_json = admin("dead"), admin("dead", "--json")

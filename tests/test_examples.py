@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from conftest import Server, wait_until
+from streams import Stream, take
+from streams import finish as close
 
-from task_streams import TaskLog, TaskQueue, keys
+from task_streams import TaskQueue, keys
 
 Start = Callable[..., "subprocess.Popen[str]"]
 ARCHIVE = "examples/archive_tasks.py"
@@ -63,7 +65,7 @@ def test_pubsub_example_says_that_nobody_listens(run: Run) -> None:
 
 
 def test_pubsub_example_ends_by_ctrl_c(valkey: Server, script: Start) -> None:
-    """Without a traceback; exit code 0, or 130 where it came before run() was reached."""
+    """Without a traceback; exit code 0, or 130 if it came before run() was reached."""
     subscriber = script(valkey.url, "examples/redis_pubsub_example.py", "--role", "subscriber")
     assert subscriber.stdout is not None
     subscriber.stdout.readline()
@@ -127,10 +129,10 @@ def finish(queue: TaskQueue, count: int, outcome: str = "completed") -> list[str
     ids = []
     for n in range(count):
         task_id = queue.put({"n": n}).id
-        task = queue.take(1, worker="test")
+        task = take(queue, worker="test")
         assert task is not None
-        TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token).add(outcome)
-        queue.finish(task, outcome, {"n": n})  # type: ignore[arg-type]
+        Stream(task.id, queue.redis, task.epoch).add(outcome)
+        close(queue, task, outcome, {"n": n})  # type: ignore[arg-type]
         ids.append(task_id)
     return ids
 
@@ -183,7 +185,7 @@ def test_new_file_gets_all_tasks_again(run: Run, valkey: Server, tmp_path: Path)
 
 
 def test_file_of_something_else_is_left_alone(run: Run, valkey: Server, tmp_path: Path) -> None:
-    """Its last line is none of an archive: nothing is written, and the error says so."""
+    """If the last line is not one of an archive, nothing is written, and the error says so."""
     finish(TaskQueue(valkey.client()), 1)
     file = tmp_path / "notes.txt"
     file.write_text("hello\n")
@@ -191,7 +193,7 @@ def test_file_of_something_else_is_left_alone(run: Run, valkey: Server, tmp_path
     code, _, err = run(ARCHIVE, str(file), "--once")
 
     assert code == 1
-    assert "none of this program's" in err
+    assert "this program did not write its last line" in err
     assert file.read_text() == "hello\n"
 
 

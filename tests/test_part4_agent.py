@@ -1,11 +1,12 @@
 """Part 4: the agent thinks, uses real tools, reports each step as an event, and computes its result from the file."""
 
 import argparse
+import asyncio
 import csv
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class FakeLog:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
 
-    def add(self, event: str, **fields: Any) -> None:
+    async def add(self, event: str, **fields: Any) -> None:
         json.dumps(fields, allow_nan=False)  # what cannot be stored fails here, too
         self.events.append((event, fields))
 
@@ -66,10 +67,11 @@ class ScriptedLLM:
         self.messages: list[list[dict[str, Any]]] = []
         self.tools: list[list[dict[str, Any]]] = []
 
-    def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Iterator[str | ToolCall]:
+    async def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> AsyncIterator[str | ToolCall]:
         self.messages.append([dict(message) for message in messages])
         self.tools.append(tools)
-        yield from self.replies[min(len(self.messages), len(self.replies)) - 1]  # the last one again and again
+        for piece in self.replies[min(len(self.messages), len(self.replies)) - 1]:  # the last one again and again
+            yield piece
 
 
 def load_file(file: str) -> dict[str, Any]:
@@ -108,13 +110,13 @@ def shop(tmp_path: Path) -> Path:
 
 def work(llm: Any, tools: dict[str, Any], task: Task = DATA_TASK) -> tuple[dict[str, Any], FakeLog]:
     log = FakeLog()
-    return Agent(llm, tools)(task, log), log  # type: ignore[arg-type]
+    return asyncio.run(Agent(llm, tools)(task, log)), log  # type: ignore[arg-type]
 
 
 def fail(llm: Any, tools: dict[str, Any], task: Task, error: type[Exception]) -> tuple[str, FakeLog]:
     log = FakeLog()
     with pytest.raises(error) as caught:
-        Agent(llm, tools)(task, log)  # type: ignore[arg-type]
+        asyncio.run(Agent(llm, tools)(task, log))  # type: ignore[arg-type]
     return str(caught.value), log
 
 
@@ -194,31 +196,38 @@ class Clock:
         return self.now
 
 
-def spoken(clock: Clock, gaps: list[float]) -> Iterator[str]:
+async def spoken(clock: Clock, gaps: list[float]) -> AsyncIterator[str]:
     for n, gap in enumerate(gaps):
         clock.now += gap
         yield f"{n} "
+
+
+def coalesced(pieces: AsyncIterator[str], **options: Any) -> list[Any]:
+    async def collect() -> list[Any]:
+        return [piece async for piece in coalesce(pieces, **options)]  # type: ignore[arg-type]
+
+    return asyncio.run(collect())
 
 
 def test_coalesce_joins_words_that_come_close_together() -> None:
     """Words are held until the interval has passed, then come as one text; the rest comes at the end."""
     clock = Clock()
 
-    texts = list(coalesce(spoken(clock, [0.02, 0.02, 0.02, 0.5, 0.01]), seconds=0.05, clock=clock))
+    texts = coalesced(spoken(clock, [0.02, 0.02, 0.02, 0.5, 0.01]), seconds=0.05, clock=clock)
 
     assert texts == ["0 1 2 ", "3 ", "4 "]
 
 
 def test_coalesce_of_nothing_is_nothing() -> None:
     """An LLM that says nothing causes no empty entry."""
-    assert list(coalesce([], clock=Clock())) == []
+    assert coalesced(spoken(Clock(), []), clock=Clock()) == []
 
 
 def test_coalesce_writes_at_most_20_entries_a_second() -> None:
     """A fast LLM, 1000 words in a second, comes as at most 20 texts, and no word is lost."""
     clock = Clock()
 
-    texts = list(coalesce(spoken(clock, [0.001] * 1000), clock=clock))
+    texts = coalesced(spoken(clock, [0.001] * 1000), clock=clock)
 
     assert 10 <= len(texts) <= 20
     assert "".join(texts).split() == [str(n) for n in range(1000)]
@@ -355,7 +364,8 @@ def test_tool_may_ask_whether_its_task_is_cancelled() -> None:
         return {}
 
     with pytest.raises(TaskCancelled):
-        Agent(ScriptedLLM(LOAD), fake_tools(load_file=load_file))(DATA_TASK, Cancelled())  # type: ignore[arg-type]
+        work_with = Agent(ScriptedLLM(LOAD), fake_tools(load_file=load_file))
+        asyncio.run(work_with(DATA_TASK, Cancelled()))  # type: ignore[arg-type]
 
 
 # What the LLM gets wrong
@@ -545,7 +555,7 @@ class TwoPerCall:
     def __init__(self) -> None:
         self.answers = [Decision(False, 0, 0.02), RedisUnavailable("away"), Decision(True, 9, 0.0)]
 
-    def check(self, key: str) -> Decision:
+    async def check(self, key: str) -> Decision:
         answer = self.answers.pop(0)
         self.answers.append(answer)
         if isinstance(answer, Exception):
@@ -558,25 +568,27 @@ def test_waiting_for_the_limit_is_told_once_a_call() -> None:
     log = FakeLog()
     agent = Agent(ScriptedLLM(LOAD, FINISH), fake_tools(), TwoPerCall())  # type: ignore[arg-type]
 
-    agent(DATA_TASK, log)  # type: ignore[arg-type]
+    asyncio.run(agent(DATA_TASK, log))  # type: ignore[arg-type]
 
     assert log.of("rate_limited") == [{"limit": "10 in 1 s", "wait_ms": 20}] * 2
     assert [event for event, _ in log.events][1:3] == ["rate_limited", "llm_delta"]
 
 
 def test_task_is_cancelled_while_it_waits_for_the_limit() -> None:
-    """An agent whose turn never comes still hears that its task was cancelled."""
-
-    class Cancelled(FakeLog):
-        def check(self) -> None:
-            raise TaskCancelled("not wanted")
-
-    limiter = TwoPerCall()
+    """An agent whose turn never comes is interrupted, as the worker does it."""
+    log, limiter = FakeLog(), TwoPerCall()
     limiter.answers = [Decision(False, 0, 3600.0)]
     agent = Agent(ScriptedLLM(FINISH), fake_tools(), limiter)  # type: ignore[arg-type]
 
-    with pytest.raises(TaskCancelled):
-        agent(DATA_TASK, Cancelled())  # type: ignore[arg-type]
+    async def cancel() -> None:
+        working = asyncio.create_task(agent(DATA_TASK, log))  # type: ignore[arg-type]
+        while not log.of("rate_limited"):
+            await asyncio.sleep(0)
+        working.cancel()
+        await working
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancel())
 
 
 @pytest.mark.parametrize(

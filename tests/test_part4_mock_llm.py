@@ -1,9 +1,9 @@
 """Part 4: the stubbed LLM is deterministic, streams words and then a tool call, and decides by the conversation."""
 
+import asyncio
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,16 @@ def conversation(task: Any, **results: Any) -> list[dict[str, Any]]:
     return [{"role": "system", "content": "Do it."}, {"role": "user", "content": json.dumps(task)}, *told]
 
 
+def pieces_of(llm: MockLLM, messages: list[dict[str, Any]]) -> list[str | ToolCall]:
+    async def collect() -> list[str | ToolCall]:
+        return [piece async for piece in llm.chat(messages, [])]
+
+    return asyncio.run(collect())
+
+
 def decide(task: Any, **results: Any) -> tuple[str, ToolCall | None]:
     """The mock's words, and the tool that it wants to use."""
-    *words, last = MockLLM().chat(conversation(task, **results), [])
+    *words, last = pieces_of(MockLLM(), conversation(task, **results))
     if isinstance(last, ToolCall):
         return "".join(map(str, words)), last
     return "".join(map(str, [*words, last])), None
@@ -57,7 +64,7 @@ def described(**columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_words_come_one_at_a_time_before_the_call() -> None:
-    *words, call = MockLLM().chat(conversation(FILE), [])
+    *words, call = pieces_of(MockLLM(), conversation(FILE))
 
     assert len(words) > 3
     assert all(isinstance(word, str) and len(word.split()) == 1 for word in words)
@@ -67,10 +74,13 @@ def test_words_come_one_at_a_time_before_the_call() -> None:
 def test_reply_is_the_same_in_another_process() -> None:
     """The same messages give the same words even if Python's hash() differs."""
     code = (
+        "import asyncio\n"
         "from mock_llm import MockLLM\n"
-        "for n in range(9):\n"
-        '    task = \'{"type": "process_data", "payload": {"file": "%s"}}\' % n\n'
-        "    print(*MockLLM().chat([{'role': 'user', 'content': task}], []))"
+        "async def main():\n"
+        "    for n in range(9):\n"
+        '        task = \'{"type": "process_data", "payload": {"file": "%s"}}\' % n\n'
+        "        print([p async for p in MockLLM().chat([{'role': 'user', 'content': task}], [])])\n"
+        "asyncio.run(main())"
     )
     project = Path(mock_llm.__file__).parent
 
@@ -93,9 +103,13 @@ def test_reply_is_the_same_in_another_process() -> None:
 def test_delay_is_spread_over_the_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """delay_seconds is the time of a whole answer, in equal parts before each word."""
     naps: list[float] = []
-    monkeypatch.setattr(time, "sleep", naps.append)
 
-    pieces = list(MockLLM(delay_seconds=3).chat(conversation(FILE), []))
+    async def nap(seconds: float) -> None:
+        naps.append(seconds)
+
+    monkeypatch.setattr(mock_llm.asyncio, "sleep", nap)
+
+    pieces = pieces_of(MockLLM(delay_seconds=3), conversation(FILE))
 
     assert len(naps) == len(pieces) - 1
     assert sum(naps) == pytest.approx(3)
@@ -105,7 +119,7 @@ def failures(llm: MockLLM, calls: int) -> list[bool]:
     failed = []
     for _ in range(calls):
         try:
-            list(llm.chat(conversation(FILE), []))
+            pieces_of(llm, conversation(FILE))
             failed.append(False)
         except LLMError:
             failed.append(True)
@@ -132,7 +146,7 @@ def test_fail_rate_is_deterministic_in_seed_and_call_number() -> None:
 )
 def test_other_messages_get_a_sentence(asked: str) -> None:
     """The mock has no rules for a task that it doesn't know, and says so."""
-    pieces = list(MockLLM().chat([{"role": "user", "content": asked}], []))
+    pieces = pieces_of(MockLLM(), [{"role": "user", "content": asked}])
 
     assert "only a mock" in "".join(map(str, pieces))
 

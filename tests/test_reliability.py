@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attempts import Hand, Writer, end_lease
 from conftest import BOTH_ENGINES, Proxy, Server, wait_until
 
-from task_streams import Event, TaskLog, TaskQueue, keys
-from task_streams.queue import LEASE_SECONDS
-from task_streams.worker import RECOVER_SECONDS
+from task_streams import Event, LogReader, TaskQueue, keys
+from task_streams.claims import LEASE_SECONDS
+from task_streams.leases import RECOVER_SECONDS
 
 Start = Callable[..., "subprocess.Popen[str]"]
 WORKER = "tests/programs.py"
@@ -41,13 +42,16 @@ def check_streams(queue: TaskQueue, ids: list[str]) -> list[list[Event]]:
     """Check what every history must show, whatever happened; return the events of each task."""
     histories = []
     for task_id in ids:
-        events = TaskLog(task_id, queue.redis).read()
+        events = LogReader(task_id, queue.redis).read()
         names = [event.name for event in events]
-        assert [event.fields["seq"] for event in events] == list(range(1, len(events) + 1)), f"task {task_id}: {names}"
+        seqs = [int(event.id.split("-")[1]) for event in events]
+        assert seqs == list(range(1, len(events) + 1)), f"task {task_id}: {names}"
         assert [event.is_terminal for event in events].count(True) == 1, f"task {task_id}: {names}"
         assert events[-1].is_terminal, f"task {task_id}: {names}"
-        attempts = [event.fields["attempt"] for event in events]
-        assert attempts == sorted(attempts), f"task {task_id}: attempts interleave: {attempts}"
+        attempts = [event.fields["attempt"] for event in events if event.name == "started"]
+        assert attempts == sorted(set(attempts)), f"task {task_id}: attempts {attempts}"
+        epochs = [event.id.split("-")[0] for event in events]
+        assert len(set(epochs)) == len(attempts), f"task {task_id}: attempts interleave: {epochs}"
         histories.append(events)
     assert queue.redis.zcard(keys.UNFINISHED) == 0
     assert queue.redis.zcard(keys.LEASES) == 0
@@ -96,14 +100,14 @@ def test_worker_that_is_killed_loses_no_task_on_either_engine(server: Server, sc
 
 
 @pytest.mark.parametrize("point", ["popped", "claimed", "started", "handled", "completed"])
-def test_kill_at_a_fault_point_loses_nothing(server: Server, script: Start, journal: Path, point: str) -> None:
+def test_kill_at_a_fault_point_loses_nothing(valkey: Server, script: Start, journal: Path, point: str) -> None:
     """A worker dies at this very line; the next one completes the task, and the stream ends once."""
-    queue = TaskQueue(server.client())
+    queue = TaskQueue(valkey.client())
     ids = [task.id for task in queue.put_many([{}, {}])]
-    victim = script(server.url, WORKER, str(journal), "--lease", "1", env={"TASK_STREAMS_FAULT": point})
+    victim = script(valkey.url, WORKER, str(journal), "--lease", "1", env={"TASK_STREAMS_FAULT": point})
     victim.wait(timeout=60)
 
-    script(server.url, WORKER, str(journal), "--burst").communicate(timeout=60)
+    script(valkey.url, WORKER, str(journal), "--burst").communicate(timeout=60)
 
     assert victim.returncode == -signal.SIGKILL
     assert all(completed(history) for history in check_streams(queue, ids))
@@ -111,10 +115,44 @@ def test_kill_at_a_fault_point_loses_nothing(server: Server, script: Start, jour
     assert len(again) == (2 if point == "handled" else 1), "run again only if its end was not yet written"
 
 
-def test_connection_cut_while_brpop_is_answered_loses_nothing(server: Server, script: Start, journal: Path) -> None:
+@pytest.mark.parametrize(("point", "begins"), [("error", 2), ("failed", 1)])
+def test_kill_while_a_failure_is_written_ends_the_task_once(
+    valkey: Server, script: Start, journal: Path, point: str, begins: int
+) -> None:
+    """Between `error` and `failed`, or behind `failed`: the task fails, and there is one dead letter."""
+    queue = TaskQueue(valkey.client())
+    task = queue.put({"then": "raise"})
+    command = [WORKER, str(journal), "--max-attempts", "1"]
+    victim = script(valkey.url, *command, "--lease", "1", env={"TASK_STREAMS_FAULT": point})
+    victim.wait(timeout=60)
+
+    script(valkey.url, *command, "--burst").communicate(timeout=60)
+
+    assert victim.returncode == -signal.SIGKILL
+    assert check_streams(queue, [task.id])[0][-1].name == "failed"
+    assert [entry["what"] for entry in entries(journal)].count("begin") == begins
+    assert queue.redis.llen(keys.DEAD) == 1
+
+
+def test_kill_behind_cancelled_ends_the_task_once(valkey: Server, script: Start, journal: Path) -> None:
+    """The worker of a task that is cancelled dies when it has written that."""
+    queue = TaskQueue(valkey.client())
+    task = queue.put({"seconds": 0.1, "steps": 10_000})
+    victim = script(valkey.url, WORKER, str(journal), env={"TASK_STREAMS_FAULT": "cancelled"})
+    wait_until(lambda: entries(journal), "the task runs")
+    queue.cancel(task.id, "not wanted")
+    victim.wait(timeout=60)
+
+    script(valkey.url, WORKER, str(journal), "--burst").communicate(timeout=60)
+
+    assert victim.returncode == -signal.SIGKILL
+    assert check_streams(queue, [task.id])[0][-1].name == "cancelled"
+
+
+def test_connection_cut_while_brpop_is_answered_loses_nothing(valkey: Server, script: Start, journal: Path) -> None:
     """The server pops the element, its answer never arrives: the audit finds the task, and it is completed once."""
-    queue = TaskQueue(server.client())
-    with Proxy(server.port, cut_before=b"task_queue") as proxy:
+    queue = TaskQueue(valkey.client())
+    with Proxy(valkey.port, cut_before=b"task_queue") as proxy:
         script(proxy.url, WORKER, str(journal), stderr=subprocess.DEVNULL)
         wait_until(lambda: b"BRPOP" in proxy.seen, "the worker waits for a task")
         task = queue.put({})
@@ -139,7 +177,7 @@ def test_killed_workers_task_runs_again(valkey: Server, script: Start, journal: 
 
     wait_until(lambda: len(entries(journal)) > 1, "the second attempt has begun")
 
-    events = TaskLog(task.id, queue.redis).read()
+    events = LogReader(task.id, queue.redis).read()
     lost = next(event for event in events if event.name == "worker_lost")
     assert entries(journal)[-1]["attempt"] == 2
     assert int(lost.id.split("-")[0]) >= lease_end
@@ -179,16 +217,16 @@ def test_two_workers_never_hold_one_task(valkey: Server, script: Start, journal:
                 assert following["pid"] == entry["pid"], f"two at a time: {run}"
 
 
-def test_stopped_worker_writes_nothing_after_its_lease(server: Server, script: Start, journal: Path) -> None:
+def test_stopped_worker_writes_nothing_after_its_lease(valkey: Server, script: Start, journal: Path) -> None:
     """SIGSTOP past the lease, another worker takes over; woken up, the first gets LeaseLost and is silent."""
-    queue = TaskQueue(server.client())
+    queue = TaskQueue(valkey.client())
     task = queue.put({"seconds": 0.2, "steps": 15})
     command = [WORKER, str(journal), "--lease", "3"]
-    stopped = script(server.url, *command)
+    stopped = script(valkey.url, *command)
     wait_until(lambda: len(queue.redis.xrange(keys.stream(task.id))) > 3, "the first is at work")
     stopped.send_signal(signal.SIGSTOP)
-    script(server.url, *command, "--burst").communicate(timeout=60)
-    before = TaskLog(task.id, queue.redis).read()
+    script(valkey.url, *command, "--burst").communicate(timeout=60)
+    before = LogReader(task.id, queue.redis).read()
 
     stopped.send_signal(signal.SIGCONT)
     wait_until(lambda: {"end"} <= {e["what"] for e in entries(journal) if e["pid"] == stopped.pid}, "it gave up")
@@ -196,9 +234,9 @@ def test_stopped_worker_writes_nothing_after_its_lease(server: Server, script: S
     _, errors = stopped.communicate(timeout=60)
 
     assert before[-1].name == "completed"
-    assert TaskLog(task.id, queue.redis).read() == before
+    assert LogReader(task.id, queue.redis).read() == before
     assert [event.name for event in before].count("worker_lost") == 1
-    assert "the lease of task 1" in errors or "is written by its attempt 2" in errors
+    assert "the lease of task 1 is over" in errors or "task 1 is written by somebody else" in errors
 
 
 def test_stopped_worker_alone_starts_a_new_attempt(valkey: Server, script: Start, journal: Path) -> None:
@@ -209,22 +247,23 @@ def test_stopped_worker_alone_starts_a_new_attempt(valkey: Server, script: Start
     wait_until(lambda: len(queue.redis.xrange(keys.stream(task.id))) > 3, "it is at work")
     worker.send_signal(signal.SIGSTOP)
     wait_until(lambda: queue.redis.zscore(keys.LEASES, task.id) < time.time() * 1000 - 200, "the lease is over")
-    before = TaskLog(task.id, queue.redis).read()
+    before = LogReader(task.id, queue.redis).read()
 
     worker.send_signal(signal.SIGCONT)
     wait_until(lambda: all_ended(queue), "the task ended")
 
     history = check_streams(queue, [task.id])[0]
     assert completed(history)
-    assert [e for e in history if e.fields["attempt"] == 1] == before
+    assert history[: len(before)] == before
     assert history[len(before)].name == "worker_lost"
+    assert history[len(before)].id.split("-")[0] != before[-1].id.split("-")[0]
 
 
-def test_frozen_server_doubles_no_task_and_no_event(server: Server) -> None:
+def test_frozen_server_doubles_no_task_and_no_event(valkey: Server) -> None:
     """The server stops for 6.5 s in the middle of puts and appends: each task and each event is there once."""
     writers = 4
-    queues = [TaskQueue(server.client()) for _ in range(writers)]
-    log = TaskLog("events", server.client())
+    queues = [TaskQueue(valkey.client()) for _ in range(writers)]
+    log = Writer(valkey.url)
     put: list[list[str]] = [[] for _ in range(writers)]
     added: list[str] = []
     woken = threading.Event()
@@ -248,16 +287,17 @@ def test_frozen_server_doubles_no_task_and_no_event(server: Server) -> None:
         thread.start()
     wait_until(lambda: all(put) and added, "all are at work")
 
-    server.send(signal.SIGSTOP)
+    valkey.send(signal.SIGSTOP)
     time.sleep(6.5)  # longer than the socket's time-out of 5 s: what was sent is sent again
-    server.send(signal.SIGCONT)
+    valkey.send(signal.SIGCONT)
     woken.set()
     for thread in threads:
         thread.join(timeout=60)
 
     ids = [task_id for part in put for task_id in part]
     listed = [str(json.loads(element)["id"]) for element in queues[0].redis.lrange(keys.QUEUE, 0, -1)]
-    events = log.read()
+    events = log.reader.read()
+    log.close()
     assert sorted(listed) == sorted(ids)
     assert len(set(ids)) == len(ids)
     assert [event.id for event in events] == added
@@ -265,19 +305,19 @@ def test_frozen_server_doubles_no_task_and_no_event(server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_server_restart_loses_no_task(server: Server, script: Start, journal: Path, number: signal.Signals) -> None:
+def test_server_restart_loses_no_task(valkey: Server, script: Start, journal: Path, number: signal.Signals) -> None:
     """The server goes down in the middle of 100 tasks and comes back with its append-only file: none is lost."""
-    client = server.client()
+    client = valkey.client()
     client.config_set("appendfsync", "always")
     queue = TaskQueue(client)
     ids = [task.id for task in queue.put_many({"steps": 2, "seconds": 0.05} for _ in range(100))]
     command = [WORKER, str(journal), "--concurrency", "5", "--lease", "3", "--max-attempts", "100"]
-    workers = [script(server.url, *command) for _ in range(2)]
+    workers = [script(valkey.url, *command) for _ in range(2)]
     wait_until(lambda: len(entries(journal)) > 50, "a part is done")
 
-    server.stop(number)
+    valkey.stop(number)
     time.sleep(1.5)  # down for so long that the workers cannot but notice
-    server.start()
+    valkey.start()
     wait_until(lambda: all_ended(queue), "all tasks ended")
     for worker in workers:
         worker.terminate()
@@ -297,7 +337,7 @@ def test_nothing_is_left_without_a_ttl(valkey: Server, script: Start, journal: P
     queue.put_many(kinds)
     queue.put({}, id="own")
     cancelled = queue.put({})
-    queue.request_cancel(cancelled.id, "not wanted")
+    queue.cancel(cancelled.id, "not wanted")
     queue.redis.lpush(keys.QUEUE, '{"id": "by-hand", "data": {}}', "nonsense")
     script(valkey.url, WORKER, str(journal), "--burst", "--lease", "5", "--backoff", "0.1").communicate(timeout=60)
 
@@ -308,14 +348,15 @@ def test_nothing_is_left_without_a_ttl(valkey: Server, script: Start, journal: P
     assert len(left) > 3 * len(kinds)
 
 
-def test_waiting_tasks_are_not_pushed_again_and_again(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_tasks_are_not_pushed_again_and_again(empty_valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that were pushed again wait behind busy workers, in no order: audit after audit adds no copies."""
     monkeypatch.setattr("task_streams.queue.AUDIT_GRACE_MS", 0)
-    queue = TaskQueue(valkey.client())
+    queue, worker = TaskQueue(empty_valkey.client()), Hand(empty_valkey.url)
     queue.put_many({"n": n} for n in range(50))
     for _ in range(30):
-        assert queue.take(lease_seconds=0.001)
-    wait_until(lambda: queue.recover() == 0, "all were pushed again")
+        end_lease(queue, worker.take().id)
+    worker.close()
+    assert queue.recover() == 30
     waiting = queue.redis.llen(keys.QUEUE)
 
     pushed = [queue.recover() for _ in range(50)]

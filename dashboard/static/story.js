@@ -28,7 +28,7 @@ export class Story {
 
   /** Tell one entry. `at` is its time in ms, NaN where it has none. */
   add(name, entry, at) {
-    const attempt = entry.attempt ?? this.attempt; // an entry that somebody added by hand may have none
+    const attempt = name === "started" ? (entry.attempt ?? this.attempt) : this.attempt; // by hand it may have none
     if (attempt !== this.attempt || this.section === null) this.#begin(attempt, at);
     if (!["llm_delta", "llm_response"].includes(name)) this.#closeWords();
     const tell = Object.hasOwn(TELL, name) ? TELL[name] : tellOther; // an event may be called `constructor`
@@ -88,7 +88,7 @@ export class Story {
 /** The id of an entry's block, for links: "1700000000000-7" -> "e-1700000000000-7". */
 export const anchorOf = (entryId) => `e-${entryId}`;
 
-export const callOf = (entry) => JSON.stringify([entry.attempt, entry.call_id]);
+export const callOf = (entry) => JSON.stringify([entry.call_id]);
 
 export const toolOf = ({ tool, action }) => (action === undefined ? asText(tool) : `${asText(tool)}.${asText(action)}`);
 
@@ -214,7 +214,7 @@ const TELL = {
   },
 };
 
-const EVERY_ENTRY = new Set(["task", "id", "event", "timestamp", "attempt", "seq"]);
+const EVERY_ENTRY = new Set(["task", "id", "event", "timestamp"]);
 
 /** Tell an event with a name of its own. */
 function tellOther(story, entry, at, name) {

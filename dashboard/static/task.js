@@ -114,7 +114,6 @@ function startAnew() {
 
 /** Take from an entry what the head of the page shows. */
 function take(name, data) {
-  if (typeof data.attempt === "number" && data.attempt > 0) attempt = data.attempt;
   if (TERMINAL.has(name)) {
     ended = data;
     change(name, name);
@@ -123,6 +122,7 @@ function take(name, data) {
     percent = null;
     doing = "";
     worker = asText(data.worker);
+    if (typeof data.attempt === "number" && data.attempt > 0) attempt = data.attempt;
     firstStart ??= attempt === 1 ? Date.parse(data.timestamp) : null;
     change("running", "running");
   } else if (name === "error") {

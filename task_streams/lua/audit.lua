@@ -6,12 +6,15 @@
 -- nobody has claimed it, recover.lua pushes it again, unless it finds it in the list: what was pushed again stands on
 -- the right, in no order, and so do those of one millisecond. A false suspicion beyond that costs one more element,
 -- which the claim drops.
--- KEYS  queue, leases, unfinished
--- ARGV  grace (ms), offset into the ledger, how many of the ledger to look at
--- Returns {ids whose lease is over (100 at most), how many of the ledger were looked at}.
+-- KEYS  queue, leases, unfinished, audited
+-- ARGV  grace (ms), how many of the ledger to look at, ms in which one audit is enough, whoever asks (0: look now)
+-- Returns the ids whose lease is over, 100 at most.
 local WINDOW = 5 -- the oldest elements of the list
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if tonumber(ARGV[3]) > 0 and not redis.call('SET', KEYS[4], now, 'NX', 'PX', ARGV[3]) then
+  return {}
+end
 local listed = {}
 local before = redis.call('LLEN', KEYS[1]) <= WINDOW and '+inf' or nil
 for _, element in ipairs(redis.call('LRANGE', KEYS[1], -WINDOW, -1)) do
@@ -24,14 +27,14 @@ for _, element in ipairs(redis.call('LRANGE', KEYS[1], -WINDOW, -1)) do
     end
   end
 end
-local looked_at = 0
 if before then
-  local ids = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', before, 'LIMIT', ARGV[2], ARGV[3])
-  looked_at = #ids
-  for _, id in ipairs(ids) do
+  -- a thousand long tasks may stand before a lost one: each second has its page of the ledger
+  local pages = math.ceil(redis.call('ZCOUNT', KEYS[3], '-inf', before) / ARGV[2])
+  local offset = time[1] % math.max(pages, 1) * ARGV[2]
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', before, 'LIMIT', offset, ARGV[2])) do
     if not listed[id] then
       redis.call('ZADD', KEYS[2], 'NX', now + ARGV[1], id)
     end
   end
 end
-return {redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 100), looked_at}
+return redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 100)

@@ -1,13 +1,13 @@
--- Ask for a task's cancellation; whoever works on it, or claims it next, carries it out.
--- A task that rests until its retry is due is pushed again at once, so that a worker can end it.
+-- Ask for a task's end. The worker of a running task carries it out; whoever asks claims any other task and ends it.
 -- KEYS  record, leases
--- ARGV  id, reason
--- Returns the task's status, or nil where it has no record.
+-- ARGV  id, reason, channel on which workers listen
+-- Returns the task's status, or nil if it has no record.
 local status = redis.call('HGET', KEYS[1], 'status')
-if status == 'waiting' or status == 'running' or status == 'retrying' then
+if status == 'running' then
   redis.call('HSETNX', KEYS[1], 'cancel', ARGV[2])
-end
-if status == 'retrying' then
-  redis.call('ZADD', KEYS[2], 'XX', 0, ARGV[1])
+  redis.call('PUBLISH', ARGV[3], ARGV[1])
+elseif status and status ~= 'completed' and status ~= 'failed' and status ~= 'cancelled' then
+  redis.call('HSETNX', KEYS[1], 'cancel', ARGV[2])
+  redis.call('ZADD', KEYS[2], 'XX', 0, ARGV[1]) -- it need not wait until it is due
 end
 return status

@@ -1,4 +1,4 @@
--- Push a task again whose lease is over: its worker is lost, its retry is due, or it was popped and never claimed.
+-- Push a task again whose lease is over: its worker is lost, it is due, or it was popped and never claimed.
 -- A task that was only suspected, and stands in the list after all, is left there and not suspected for a while.
 -- KEYS  queue, record, leases, unfinished
 -- ARGV  id, id as JSON, how many of the list's next elements to look at, how long not to suspect again (ms)
@@ -22,7 +22,7 @@ if status == 'waiting' and redis.call('LPOS', KEYS[1], element, 'RANK', -1, 'MAX
   return 0
 end
 if status == 'running' then
-  redis.call('HINCRBY', KEYS[2], 'failures', 1)
+  redis.call('HINCRBY', KEYS[2], 'losses', 1)
   redis.call('HSET', KEYS[2], 'lost', record[3])
 end
 redis.call('HSET', KEYS[2], 'status', 'waiting')

@@ -1,13 +1,26 @@
--- Hand a task back: its lease ends now, and it is the next to be popped. It does not count as a failure.
--- KEYS  queue, record, leases
--- ARGV  id, token, id as JSON
--- Returns 1, or 0 where the lease is lost.
-local record = redis.call('HMGET', KEYS[2], 'status', 'token', 'data')
-if record[1] ~= 'running' or record[2] ~= ARGV[2] then
+-- Give up a claim: push the task, to be popped next, or let it rest until its next attempt.
+-- KEYS  queue, leases, record
+-- ARGV  id, token, id as JSON, delay (ms) or '' to push it, what to count: 'failures', 'losses' or '' for nothing
+-- Returns 1, or 0 if the lease is lost. A second call changes nothing.
+local r = redis.call('HMGET', KEYS[3], 'status', 'token', 'data', 'worker')
+if r[2] ~= ARGV[2] then
   return 0
 end
-redis.call('HDEL', KEYS[2], 'token', 'lost')
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('HSET', KEYS[2], 'status', 'waiting')
-redis.call('RPUSH', KEYS[1], '{"id": ' .. ARGV[3] .. ', "data": ' .. record[3] .. '}')
+if r[1] ~= 'running' then
+  return r[1] == 'retrying' and 1 or 0
+end
+redis.call('HSET', KEYS[3], 'lost', ARGV[5] == 'losses' and r[4] or '')
+if ARGV[5] ~= '' then
+  redis.call('HINCRBY', KEYS[3], ARGV[5], 1)
+end
+if ARGV[4] == '' then
+  redis.call('HDEL', KEYS[3], 'token')
+  redis.call('ZREM', KEYS[2], ARGV[1])
+  redis.call('HSET', KEYS[3], 'status', 'waiting')
+  redis.call('RPUSH', KEYS[1], '{"id": ' .. ARGV[3] .. ', "data": ' .. r[3] .. '}')
+else
+  local time = redis.call('TIME')
+  redis.call('HSET', KEYS[3], 'status', 'retrying')
+  redis.call('ZADD', KEYS[2], time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[4], ARGV[1])
+end
 return 1

@@ -25,7 +25,6 @@ from history import History, Put, Seen, Step
 from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect
 from task_streams import NoSuchTask, TaskQueue
 from task_streams.log import BLOCK_SECONDS, follow
-from task_streams.worker import cancel_task
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "1"))
 PROGRAM = "tests/chaos/chaos_program.py"
@@ -234,7 +233,7 @@ class Load:
                     self.to_watch.put(task.id)
                 if data["then"] == "be cancelled":
                     with contextlib.suppress(ValueError, NoSuchTask):  # it has ended, or a power cut took it
-                        cancel_task(self.queue, task.id, "as told")
+                        self.queue.cancel(task.id, "as told")
                 if number % 20 == 0 and self.queue.owed() > MOST_WAITING:
                     self.stop_putting.wait(0.3)
             except REDIS_ERRORS:

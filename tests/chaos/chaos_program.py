@@ -6,6 +6,7 @@ The journal's lines are history.Step: `begin`, `added` (with the entry id that l
 """
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -13,27 +14,30 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from programs import fault
+
 from task_streams import PermanentFailure, Task, TaskLog, run_worker
-from task_streams.cli import run
-from task_streams.worker import add_worker_arguments, worker_options
+from task_streams.cli import add_worker_arguments, run, worker_options
 
 
 def make_handler(journal: int) -> Any:
     def write(what: str, task: Task, **fields: object) -> None:
-        step = {"what": what, "id": task.id, "attempt": task.attempt, "run": task.token, "task": task.data["mark"]}
-        os.write(journal, f"{json.dumps({**step, 'at': time.monotonic(), **fields})}\n".encode())  # lines do not mix
+        step = {"what": what, "id": task.id, "attempt": task.attempt, "epoch": task.epoch, "run": task.token}
+        step |= {"task": task.data["mark"], "at": time.monotonic(), **fields}
+        os.write(journal, f"{json.dumps(step)}\n".encode())  # one write: lines of several processes do not mix
 
-    def handle(task: Task, log: TaskLog) -> str:
+    async def handle(task: Task, log: TaskLog) -> str:
         write("begin", task)
         try:
             for number in range(task.data["steps"]):
                 mark = f"{task.data['mark']}.{task.token[:8]}.{number}"
                 asked = time.monotonic()
-                entry = log.add("progress", percent=number, mark=mark)
+                entry = await log.add("progress", percent=number, mark=mark)
                 write("added", task, asked=asked, entry=entry, mark=mark)
-                time.sleep(task.data["seconds"])
+                await asyncio.sleep(task.data["seconds"])
             match task.data["then"]:
                 case "raise once" if task.failures == 0:
                     raise RuntimeError("once, as told")
@@ -55,7 +59,8 @@ def main() -> int:
     right = time.time
     time.time = lambda: right() + args.clock_offset
     journal = os.open(args.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    return run_worker(make_handler(journal), max_attempts=1000, backoff_seconds=0.1, **worker_options(args))
+    options = {"max_attempts": 1000, "backoff_seconds": 0.1, **worker_options(args)}
+    return run_worker(make_handler(journal), fault=fault, **options)
 
 
 if __name__ == "__main__":

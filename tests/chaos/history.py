@@ -9,12 +9,14 @@ check(history) returns violations; an empty list is what every scenario must end
     duplicated   an event is there twice; seq is not 1, 2, 3 …; a task ended twice, ran after its end, or shares an id
     disordered   events of one run, or the attempts of one task, stand in another order than they were made in
     two holders  two runs of one task, each between its begin and its last acknowledged event, overlap
+    two writers  an epoch has the events of two attempts, or of two runs
     strayed      an event, or the result, of one task (both begin with its mark) stands with another
-    two ends     more than one terminal event, or an event after it
+    two ends     more than one terminal event, or an event after it that is not foreign
     left over    the record does not say how the stream ended; something is still waiting, leased, owed or without a TTL
     misread      a watcher saw other events than the stream holds, or in another order
 
-What a fault may cost is said by the caller, as a Loss: the promises made in some span of time.
+What a fault may cost is said by the caller, as a Loss: the promises made in some span of time. An entry that somebody
+else has added is said by the caller, too (`foreign`): it may stand anywhere, and it has no seq of ours.
 """
 
 import json
@@ -47,6 +49,7 @@ class Step:
     attempt: int
     run: str  # the token of its claim: no two runs have the same
     at: float
+    epoch: str = ""  # of its entries: no two runs have the same, either
     task: str = ""  # the mark in the task's data
     asked: float = 0.0  # when log.add() was called; it returned at `at`
     entry: str = ""  # the entry id that it returned
@@ -87,6 +90,8 @@ class History:
     finished: list[tuple[str, str]] = field(default_factory=list)  # (id, status), of the stream for archivers
     left_over: list[str] = field(default_factory=list)  # what is in queue, leases and ledger; keys without a TTL
     watched: dict[str, list[Seen]] = field(default_factory=dict)  # id -> what a watcher saw, since its last `reset`
+    foreign: set[tuple[str, str]] = field(default_factory=set)  # (id, entry id) of entries that no worker has added
+    forgotten: set[str] = field(default_factory=set)  # ids of tasks whose record, or whole stream, somebody deleted
 
     def read_server(self, client: Client) -> "History":
         """Read what came out; `client` decodes. Commands on one key each, so that a cluster answers, too."""
@@ -122,7 +127,7 @@ def check(history: History, losses: Sequence[Loss] = ()) -> list[Violation]:
     found = [Violation("left over", what) for what in history.left_over]
     found += _check_puts(history, losses)
     for task_id in sorted(history.streams.keys() | history.records.keys()):
-        found += _check_task(history, task_id)
+        found += _check_task(history, task_id, losses)
     found += _check_steps(history, losses)
     found += _check_letters(history)
     found += _check_watched(history, losses)
@@ -141,7 +146,7 @@ def _check_puts(history: History, losses: Sequence[Loss]) -> Iterable[Violation]
         if put.id in promised and promised[put.id].mark != put.mark:
             yield Violation("duplicated", f"task {put.id}: put() returned this id twice")
         promised[put.id] = put
-        ends = [fields["event"] for _, fields in history.streams.get(put.id, []) if fields["event"] in keys.TERMINAL]
+        ends = [end for _, fields in history.streams.get(put.id, []) if (end := fields.get("event")) in keys.TERMINAL]
         if not ends:
             yield Violation("lost", f"task {put.id}: {_names(history, put.id)}")
         if put.id in history.records and _mark(history.records[put.id]) != put.mark:
@@ -154,18 +159,26 @@ def _mark(record: Mapping[str, Any] | None) -> str:
 
 
 def _names(history: History, task_id: str) -> str:
-    events = [f"{fields['event']}#{fields['attempt']}" for _, fields in history.streams.get(task_id, [])]
+    events = [f"{fields.get('event')}#{entry_id}" for entry_id, fields in history.streams.get(task_id, [])]
     return f"stream {events}, record {history.records.get(task_id)}"
 
 
-def _check_task(history: History, task_id: str) -> Iterable[Violation]:
-    events = [fields for _, fields in history.streams.get(task_id, [])]
+def epoch_of(entry_id: str) -> str:
+    return entry_id.partition("-")[0]
+
+
+def seq_of(entry_id: str) -> int:
+    return int(entry_id.partition("-")[2])
+
+
+def _check_task(history: History, task_id: str, losses: Sequence[Loss]) -> Iterable[Violation]:
+    entries = [entry for entry in history.streams.get(task_id, []) if (task_id, entry[0]) not in history.foreign]
+    events = [fields for _, fields in entries]
     text = f"task {task_id}: {_names(history, task_id)}"
-    if [event["seq"] for event in events] != list(range(1, len(events) + 1)):
-        yield Violation("duplicated", f"{text}: seq {[event['seq'] for event in events]}")
-    attempts = [event["attempt"] for event in events]
-    if attempts != sorted(attempts):
-        yield Violation("disordered", f"{text}: attempts {attempts}")
+    ours = {epoch_of(entry_id) for entry_id, _ in entries}
+    # a stranger's `*` in the millisecond of an epoch takes the next seq
+    counted = [entry_id for entry_id, _ in history.streams.get(task_id, []) if epoch_of(entry_id) in ours]
+    yield from _check_ids(entries, counted, text, bool(losses), task_id in history.forgotten)
     marks = Counter(event["mark"] for event in events if "mark" in event)
     if twice := [mark for mark, times in marks.items() if times > 1]:
         yield Violation("duplicated", f"{text}: {twice}")
@@ -174,9 +187,6 @@ def _check_task(history: History, task_id: str) -> Iterable[Violation]:
     record = history.records.get(task_id, {})
     if record.get("status") == "completed" and from_json(record["result"]) != _mark(record):
         yield Violation("strayed", f"{text}: the result of another task")
-    starts = Counter(event["attempt"] for event in events if event["event"] == "started")
-    if max(starts.values(), default=0) > 1:
-        yield Violation("duplicated", f"{text}: an attempt started twice")
     ends = [event["event"] for event in events if event["event"] in keys.TERMINAL]
     if len(ends) > 1 or (ends and events[-1]["event"] != ends[0]):
         yield Violation("two ends", text)
@@ -186,25 +196,55 @@ def _check_task(history: History, task_id: str) -> Iterable[Violation]:
         yield Violation("duplicated" if times > 1 else "lost", f"{text}: {times} times in {keys.FINISHED}")
 
 
+def _check_ids(
+    entries: list[tuple[str, dict[str, Any]]], counted: list[str], text: str, has_losses: bool, is_forgotten: bool
+) -> Iterable[Violation]:
+    """Check that epochs and seq grow as they should. After a loss they may have jumped, and seq may begin again if all
+    that knew it is gone."""
+    is_broken = has_losses or is_forgotten
+    seqs = [seq_of(entry_id) for entry_id in counted]
+    if not is_forgotten and seqs != (sorted(set(seqs)) if has_losses else list(range(1, len(seqs) + 1))):
+        yield Violation("duplicated", f"{text}: seq {seqs}")
+    ids = [tuple(map(int, entry_id.split("-"))) for entry_id, _ in entries]
+    if ids != sorted(ids):
+        yield Violation("disordered", f"{text}: ids {ids}")
+    before = ""
+    for (entry_id, fields), (previous, _) in zip(entries, [("", {}), *entries], strict=False):
+        is_first = epoch_of(entry_id) != epoch_of(previous)
+        before = "" if is_first else before
+        begins = fields["event"] == "started" or fields["event"] == "worker_lost"
+        if begins and not (is_first or (before == "worker_lost" and fields["event"] == "started")):
+            yield Violation("two writers", f"{text}: {fields['event']} within the epoch of another attempt, {entry_id}")
+        if is_first and not begins and not is_broken and fields["event"] != "cancelled":  # which may be all it writes
+            yield Violation("two writers", f"{text}: an attempt that has not started wrote {entry_id}")
+        before = fields["event"]
+    attempts = [fields["attempt"] for _, fields in entries if fields["event"] == "started" and "attempt" in fields]
+    if attempts != sorted(set(attempts)) and not is_broken:
+        yield Violation("disordered", f"{text}: attempts {attempts}")
+
+
 def _check_steps(history: History, losses: Sequence[Loss]) -> Iterable[Violation]:
     marks = {
         (task_id, entry_id): fields.get("mark")
         for task_id, entries in history.streams.items()
         for entry_id, fields in entries
     }
-    last_attempt = {
-        task_id: fields["attempt"]
+    last_epoch = {
+        task_id: int(epoch_of(entry_id))
         for task_id, entries in history.streams.items()
-        for _, fields in entries
-        if fields["event"] in keys.TERMINAL
+        for entry_id, fields in entries
+        if fields.get("event") in keys.TERMINAL
     }
+    epochs: dict[tuple[str, str], str] = {}  # task and epoch -> its run
     runs: dict[tuple[str, str], dict[str, list[Step]]] = defaultdict(dict)  # task -> run -> its steps
     for step in history.steps:
         of_task = runs[step.id, step.task]
         if step.what == "begin" and step.run in of_task:
             yield Violation("two holders", f"task {step.id}: attempt {step.attempt} was begun twice, {step.run}")
+        if epochs.setdefault((step.id, step.epoch), step.run) != step.run:
+            yield Violation("two writers", f"task {step.id}: two runs have the epoch {step.epoch}")
         of_task.setdefault(step.run, []).append(step)
-        ran_late = step.what == "begin" and step.attempt > last_attempt.get(step.id, step.attempt)
+        ran_late = step.what == "begin" and int(step.epoch) > last_epoch.get(step.id, int(step.epoch))
         if ran_late and not _may_be_lost(step.at, losses):
             yield Violation("duplicated", f"task {step.id}: ran after its end, attempt {step.attempt}")
         missing = step.what == "added" and marks.get((step.id, step.entry)) != step.mark
@@ -219,15 +259,19 @@ def _check_steps(history: History, losses: Sequence[Loss]) -> Iterable[Violation
             if ids != sorted(ids):
                 yield Violation("disordered", f"task {task_id}: run {run} was told {ids}")
             begin = steps[0]
+            if others := [step.entry for step in added if epoch_of(step.entry) != begin.epoch]:
+                yield Violation("two writers", f"task {task_id}: run {run} of epoch {begin.epoch} was told {others}")
             # a worker that was frozen between its last look at the lease and the handler's first line: it adds nothing
-            is_woken = not added and any(s[0].attempt > begin.attempt and s[0].at < begin.at for s in of_task.values())
+            is_woken = not added and any(
+                int(s[0].epoch) > int(begin.epoch) and s[0].at < begin.at for s in of_task.values()
+            )
             if not is_woken:
-                spans.append((begin.at, max([begin.at, *(step.asked for step in added)]), begin.attempt, run))
+                spans.append((begin.at, max([begin.at, *(step.asked for step in added)]), int(begin.epoch), run))
         spans.sort()
         for one, other in pairwise(spans):
             undecided = any(loss.since <= one[0] <= loss.settled for loss in losses)
             if (one[1] > other[0] or one[2] >= other[2]) and not undecided:
-                yield Violation("two holders", f"task {task_id}: (begin, last append, attempt, run) {one} and {other}")
+                yield Violation("two holders", f"task {task_id}: (begin, last append, epoch, run) {one} and {other}")
 
 
 def _check_watched(history: History, losses: Sequence[Loss]) -> Iterable[Violation]:

@@ -28,7 +28,7 @@ from conftest import DEADLINE_SECONDS, ROOT, Server, free_port, wait_until
 from history import History, Loss, Seen, Violation, check
 from redis.exceptions import RedisError
 
-from dashboard.sse import MAX_CURSOR_TASKS
+from dashboard.sse import MAX_CURSOR_TASKS, split_cursors
 from task_streams import keys
 from task_streams.log import order
 from tutorial.topologies import HOST, Cluster, Node, Sentinels
@@ -107,6 +107,7 @@ class Watcher:
         self.last_id: str | None = None
         self.opened = 0  # streams: more than one where a connection broke
         self.may_repeat = False
+        self.behind: set[str] = set()  # tasks that come again, and have not yet come to where they were
         self.is_over = False
 
     async def watch(self, client: httpx.AsyncClient) -> None:
@@ -125,7 +126,7 @@ class Watcher:
                 assert response.status_code in (204, 404, 503), response.status_code
                 return
             self.opened += 1
-            self.may_repeat = (self.last_id or "").count(",") >= MAX_CURSOR_TASKS
+            self._note_what_may_repeat()
             fields: dict[str, str] = {}
             async for line in response.aiter_lines():
                 if line:
@@ -134,6 +135,14 @@ class Watcher:
                 else:
                     self._take(fields)
                     fields = {}
+
+    def _note_what_may_repeat(self) -> None:
+        """An id cannot hold a cursor for each of many tasks; the others come again, and may be cut off on the way."""
+        cursors, _ = split_cursors(self.last_id or "") if self.task_id is None else ({}, None)
+        if self.may_repeat:
+            seen = {task_id: self.seen[task_id] for task_id in cursors if self.seen.get(task_id)}
+            self.behind |= {one for one, those in seen.items() if order(cursors[one]) < order(those[-1].entry)}
+        self.may_repeat = len(cursors) >= MAX_CURSOR_TASKS
 
     def _take(self, fields: dict[str, str]) -> None:
         self.last_id = fields.get("id", self.last_id)
@@ -146,8 +155,11 @@ class Watcher:
                 self.seen[data["task"]] = []
             return
         seen, is_last = self.seen.setdefault(data["task"], []), event in keys.TERMINAL
-        if self.may_repeat and seen and order(data["id"]) <= order(seen[-1].entry):
-            return  # the id could not hold a cursor for each task that had not ended
+        came_before = seen and order(data["id"]) <= order(seen[-1].entry)
+        if came_before and (self.may_repeat or data["task"] in self.behind):
+            if data["id"] == seen[-1].entry:
+                self.behind.discard(data["task"])
+            return
         seen.append(Seen(data["id"], time.monotonic(), is_last))
         self.is_over = is_last and self.task_id is not None
 

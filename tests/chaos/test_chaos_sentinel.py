@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from attempts import Writer
 from chaos import SECONDS, Load, seconds_left
 from conftest import wait_until
 from history import History, Loss, Put, check
 
-from ailf.messaging.redis import connect
-from task_streams import Event, TaskLog, TaskQueue
+from task_streams import Event, TaskQueue
 from tutorial.topologies import HOST, Node, Sentinels
 
 pytestmark = pytest.mark.chaos
@@ -157,13 +157,12 @@ def report(what: str, history: History) -> None:
 
 def test_watcher_of_a_stream_that_lost_its_end_gets_reset(sentinels: Sentinels) -> None:
     """What it saw on the master whose data are discarded is taken back by `reset`; then comes what there is."""
-    client = connect(sentinels.url)
-    log, old, seen = TaskLog("watched", client), sentinels.master(), list[Event]()
+    log, old, seen = Writer(sentinels.url), sentinels.master(), list[Event]()
     for step in ("a", "b"):
         log.add("processing", step=step)
     replica = sentinels.replica().client()
-    wait_until(lambda: replica.xlen("task_logs:watched") == 2, "the replica has them")
-    watcher = threading.Thread(target=lambda: deque(map(seen.append, log.follow())), daemon=True)
+    wait_until(lambda: replica.xlen("task_logs:t") == 2, "the replica has them")
+    watcher = threading.Thread(target=lambda: deque(map(seen.append, log.reader.follow())), daemon=True)
     watcher.start()
     wait_until(lambda: len(seen) == 2, "the watcher saw two")
 
@@ -178,5 +177,5 @@ def test_watcher_of_a_stream_that_lost_its_end_gets_reset(sentinels: Sentinels) 
     watcher.join(timeout=60)
 
     names = [event.fields.get("step", event.name) for event in seen]
-    assert names == ["a", "b", "lost", "reset", "a", "b", "completed"]
-    client.close()
+    assert names == ["a", "b", "lost", "reset", "a", "b", "gap", "completed"]
+    log.close()

@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from attempts import attempts, popped, run
 from chaos import LEASE_SECONDS, SECONDS, Load, full_memory, replica, seconds_left
 from chaos_proxy import ChaosProxy
 from conftest import DEADLINE_SECONDS, Server, wait_until
 from history import History, Loss, check
 from redis.exceptions import RedisError
 
-from task_streams import LeaseLost, TaskLog, TaskQueue
-from task_streams import keys as names
+from task_streams import LeaseLost, LogReader, TaskQueue
 
 Spoil = Callable[[Server], contextlib.AbstractContextManager[None]]
 
@@ -298,31 +298,16 @@ def test_worker_of_a_forgotten_task_cannot_write_into_the_next_of_its_id(valkey:
     """The server forgot a task, its claim and the counter: another gets its id, and its worker is refused."""
     queue = TaskQueue(valkey.client())
     queue.put({"mark": "old"})
-    old = queue.take()
-    assert old is not None
-    log = TaskLog(old.id, queue.redis, attempt=old.attempt, token=old.token)
-    log.add("started", worker="old")
 
-    queue.redis.flushall()  # as a power cut does to the last second
-    new = queue.put({"mark": "new"})
-    with pytest.raises(LeaseLost):
-        log.add("completed", result="of the old one")
+    async def test() -> str:
+        async with attempts(valkey.url) as worker:
+            old, log = await worker.claim(popped(queue.redis))
+            queue.redis.flushall()  # as a power cut does to the last second
+            new = queue.put({"mark": "new"})
+            for add in (log.add("progress", percent=1), log.end("completed", "of the old one")):
+                with pytest.raises(LeaseLost):
+                    await add
+            assert new.id == old.id
+            return new.id
 
-    assert new.id == old.id
-    assert TaskLog(new.id, queue.redis).read() == []
-
-
-def test_watcher_of_a_forgotten_stream_reads_it_anew(valkey: Server) -> None:
-    """The server forgot what a watcher had seen, and the stream has grown past its cursor: `reset`, then all of it."""
-    client = valkey.client()
-    before = TaskLog("x", client)
-    cursor = [before.add("progress", percent=percent) for percent in range(5)][-1]
-    client.delete(names.stream("x"), names.writer("x"))
-    wait_until(lambda: client.time() > (int(cursor.split("-")[0]) // 1000, 999_999), "the clock is past the cursor")
-    after = TaskLog("x", client)
-    after.add("progress", percent=99)
-    after.add("completed", result=1)
-
-    events = list(after.follow(since=cursor, timeout_seconds=10))
-
-    assert [event.name for event in events] == ["reset", "progress", "completed"]
+    assert LogReader(run(test), queue.redis).read() == []

@@ -21,13 +21,14 @@ from conftest import Server, wait_until
 from dash import Dashboard, assert_problem, dashboard, status_of, valkey_server
 from httpx_sse import EventSource, ServerSentEvent, connect_sse
 from prometheus_client.parser import text_string_to_metric_families
+from streams import Stream, finish, release, take
 
 from ailf.messaging.redis import connect_async
 from dashboard import sse
 from dashboard.app import make_app
 from dashboard.metrics import LAG_BUCKETS
 from dashboard.tasks import Tasks
-from task_streams import Task, TaskLog, TaskQueue, keys
+from task_streams import Task, TaskQueue, keys
 from task_streams.queue import MAX_DEPTH
 
 
@@ -57,12 +58,12 @@ def queue(redis_server: Server) -> Iterator[TaskQueue]:
     queue.close()
 
 
-def claimed(queue: TaskQueue, data: Any = "work", worker: str = "here:1") -> tuple[Task, TaskLog]:
+def claimed(queue: TaskQueue, data: Any = "work", worker: str = "here:1") -> tuple[Task, Stream]:
     """Put a task and claim it as a worker does; return it and its log."""
     queue.put(data)
-    task = queue.take(worker=worker)
+    task = take(queue, worker=worker)
     assert task is not None
-    return task, TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token)
+    return task, Stream(task.id, queue.redis, task.epoch)
 
 
 def ended(queue: TaskQueue, outcome: Any = "completed", result: Any = None, events: int = 0) -> str:
@@ -71,7 +72,7 @@ def ended(queue: TaskQueue, outcome: Any = "completed", result: Any = None, even
     for number in range(events):
         log.add("progress", percent=number, step="s")
     log.add(outcome, result=result)
-    assert queue.finish(task, outcome, result)
+    assert finish(queue, task, outcome, result)
     return task.id
 
 
@@ -134,11 +135,12 @@ def test_list_shows_what_was_just_put(http: httpx.Client) -> None:
 
 
 def test_list_filters_by_state(http: httpx.Client, queue: TaskQueue) -> None:
-    """Each state has its filter, and `done` has both completed and cancelled; a resting task waits."""
+    """Each state has its filter, and `done` has both completed and cancelled; a task that rests or is delayed waits."""
     resting, _ = claimed(queue)
-    queue.retry(resting, 3600)
+    assert release(queue, resting, delay_seconds=3600)
+    delayed = queue.put("later", delay_seconds=3600)
     ids = {
-        "waiting": {resting.id},
+        "waiting": {resting.id, delayed.id},
         "running": {claimed(queue)[0].id},
         "done": {ended(queue), ended(queue, "cancelled")},
         "failed": {ended(queue, "failed", "why")},
@@ -153,6 +155,7 @@ def test_list_filters_by_state(http: httpx.Client, queue: TaskQueue) -> None:
         states = {"done": {"completed", "cancelled"}}.get(state, {state})
         assert {task["state"] for task in tasks} <= states
     assert described(http, resting.id)["status"] == "retrying"
+    assert described(http, delayed.id)["status"] == "delayed"
 
 
 def test_list_has_the_beginning_of_large_data(http: httpx.Client, queue: TaskQueue) -> None:
@@ -264,9 +267,9 @@ def test_task_is_told_from_beginning_to_end(http: httpx.Client, queue: TaskQueue
     assert waiting["worker"] is waiting["started_at"] is waiting["finished_at"] is waiting["percent"] is None
     assert waiting["attempts"] == waiting["failures"] == 0 and waiting["put_at"] > 1.6e12
 
-    task = queue.take(worker="here:1")
+    task = take(queue, worker="here:1")
     assert task is not None and task.id == first.id
-    log = TaskLog(task.id, queue.redis, attempt=1, token=task.token)
+    log = Stream(task.id, queue.redis)
     log.add("progress", percent=40, step="half-way")
     log.add("processing", step="another thing")
     running = described(http, first.id)
@@ -277,7 +280,7 @@ def test_task_is_told_from_beginning_to_end(http: httpx.Client, queue: TaskQueue
     assert (described(http, first.id)["percent"], described(http, first.id)["step"]) == (100, None)
 
     log.add("completed", result={"rows": 3})
-    queue.finish(task, "completed", {"rows": 3})
+    finish(queue, task, "completed", {"rows": 3})
     done = described(http, first.id)
     assert (done["state"], done["result"], done["worker"], done["percent"]) == ("completed", {"rows": 3}, None, None)
     assert done["finished_at"] >= done["started_at"] >= done["put_at"]
@@ -350,7 +353,7 @@ def test_put_answers_with_the_task(http: httpx.Client, queue: TaskQueue) -> None
     assert response.headers["location"] == f"/api/tasks/{task['id']}"
     assert (task["state"], task["type"], task["data"]) == ("waiting", "process_data", body)
     assert described(http, task["id"]) == task
-    taken = queue.take()
+    taken = take(queue)
     assert taken is not None and (taken.id, taken.data) == (task["id"], body)
 
 
@@ -773,7 +776,7 @@ def test_events_are_sent_by_the_rules(http: httpx.Client, queue: TaskQueue) -> N
         assert id_line == f"id: {entry_id}" and event_line == f"event: {fields['event']}"
         data = json.loads(data_line.removeprefix("data: "))
         assert (data["task"], data["id"], data["event"]) == (task.id, entry_id, fields["event"])
-        assert data["timestamp"] == fields["timestamp"] and str(data["seq"]) == fields["seq"]
+        assert data["timestamp"] == fields["timestamp"]
     assert json.loads(blocks[0].split("data: ")[1])["step"] == 'two\nlines\r\n\u2028 "quoted" <script> \ud800'
 
 
@@ -932,7 +935,7 @@ def test_events_of_all_tasks_have_those_that_come(http: httpx.Client, queue: Tas
         new, new_log = claimed(queue)
         new_log.add("processing", step="new")
         new_log.add("completed", result=1)
-        queue.finish(new, "completed", 1)
+        finish(queue, new, "completed", 1)
         while "completed" not in seen.get(new.id, []):
             data = next(events).json()
             seen.setdefault(data["task"], []).append(data["event"])
@@ -1082,8 +1085,8 @@ def test_stream_goes_on_after_redis_was_away(own: Dashboard, valkey: Server) -> 
         valkey.start()
         up = next(events)
         assert (up.event, up.json()) == ("redis", {"redis": "up"})
-        log.add("completed", result=2)
-        assert [(event.event, event.json()["seq"]) for event in events] == [("completed", 2)]
+        last = log.add("completed", result=2)
+        assert [(event.event, event.id) for event in events] == [("completed", last)]
 
 
 def test_sigterm_closes_the_streams_cleanly(valkey: Server, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from conftest import Server, free_port, lacking, wait_until
 from httpx_sse import connect_sse
 from redis import Redis
 from screenshots import ARGUMENTS, CHROMIUM, ENDED, HEIGHT, WIDTH, scene, take_both
+from streams import Stream, finish, take
 
-from task_streams import TaskLog, TaskQueue, keys
+from task_streams import TaskQueue, keys
 
 try:
     from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
@@ -175,11 +176,11 @@ class Work:
     def __init__(self, redis: Redis, data: Any = SALES, id: str | None = None) -> None:
         self.queue = TaskQueue(redis)
         self.id = self.queue.put(data, id).id
-        task = self.queue.take(worker="the test", lease_seconds=LEASE_SECONDS)
+        task = take(self.queue, worker="the test", lease_seconds=LEASE_SECONDS)
         assert task is not None and task.id == self.id
         self.task = task
-        self.log = TaskLog(task.id, redis, attempt=task.attempt, token=task.token)
-        self.log.add("started", worker="the test")
+        self.log = Stream(task.id, redis, task.epoch)
+        self.log.add("started", worker="the test", attempt=task.attempt)
 
     def think(self, thought: str) -> None:
         self.log.add("chain_of_thought", step="working", thought=thought)
@@ -204,7 +205,7 @@ class Work:
 
     def end(self) -> None:
         self.log.add("completed", result={"summary": "all was seen"}, duration_ms=1)
-        self.queue.finish(self.task, "completed", {"summary": "all was seen"})
+        finish(self.queue, self.task, "completed", {"summary": "all was seen"})
 
 
 def agent(script: Start, server: Server, directory: Path, llm_delay: float) -> "subprocess.Popen[str]":
@@ -660,9 +661,9 @@ def test_hostile_payload_and_events_are_shown_as_text(board: dash.Dashboard, red
     expect(row(page, task_id).locator(".what")).to_have_text(HOSTILE[1])
     assert board.http.get(f"/api/tasks/{task_id}").json()["data"]["payload"] == payload
 
-    task = TaskQueue(redis).take(worker=HOSTILE[0], lease_seconds=LEASE_SECONDS)
+    task = take(TaskQueue(redis), worker=HOSTILE[0], lease_seconds=LEASE_SECONDS)
     assert task is not None
-    log = TaskLog(task_id, redis, attempt=task.attempt, token=task.token)
+    log = Stream(task_id, redis, task.epoch)
     log.add("started", worker=HOSTILE[1])
     for text in HOSTILE:
         log.add("chain_of_thought", step=text, thought=text)
@@ -685,7 +686,7 @@ def test_hostile_payload_and_events_are_shown_as_text(board: dash.Dashboard, red
     page.goto(f"{board.url}/tasks/{task_id}")
     wait_until(lambda: len(shown(page)) >= redis.xlen(keys.stream(task_id)), "all entries are told")
     log.add("completed", result={"summary": HOSTILE[0], **dict.fromkeys(HOSTILE, "value")}, duration_ms=1)
-    TaskQueue(redis).finish(task, "completed", HOSTILE)
+    finish(TaskQueue(redis), task, "completed", HOSTILE)
     expect(state(page)).to_have_text("completed")
     assert_all_shown(page, redis, task_id)
     thoughts = page.evaluate(
@@ -705,12 +706,14 @@ def test_entries_with_names_of_their_own_are_shown(board: dash.Dashboard, redis:
     names = ["an_event_of_its_own", "constructor", "__proto__", "toString", "message", "open", "redis", "gap", "reset"]
     for name in names:
         redis.xadd(keys.stream(work.id), {"event": name, "said": json.dumps(f"by {name}")})
+    work.log.add("about_itself", attempt=7, seq=8)
     work.end()
     page = browse(f"{board.url}/tasks/{work.id}")
     expect(state(page)).to_have_text("completed")
     assert_all_shown(page, redis, work.id)
     said = page.evaluate("[...document.querySelectorAll('#story .other .text')].map((one) => one.textContent)")
-    assert said == [f"by {name}" for name in names]
+    assert said == [*(f"by {name}" for name in names), "7", "8"]
+    assert page.locator("#story h2").count() == 1  # that was no attempt
 
 
 # -- the list ---------------------------------------------------------------------------------------------------

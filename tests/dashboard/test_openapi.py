@@ -11,13 +11,16 @@ from fakeredis import FakeAsyncRedis, FakeRedis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.routing import Route
+from streams import Stream, finish, take
 
 from dashboard.app import make_app
-from task_streams import TaskLog, TaskQueue
+from task_streams import TaskQueue
 
 EXAMPLES = 25  # of each operation
 PATH = ROOT / "dashboard" / "openapi.json"
-DESCRIBED = [(path, m) for path, item in json.loads(PATH.read_text())["paths"].items() for m in item if m != "parameters"]
+DESCRIBED = [
+    (path, m) for path, item in json.loads(PATH.read_text())["paths"].items() for m in item if m != "parameters"
+]
 BOUNDED = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
@@ -33,10 +36,10 @@ def board(redis_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
     queue = TaskQueue(redis_server.client())
     for outcome in ("failed", "completed", "cancelled"):
         queue.put(outcome)
-        task = queue.take()
+        task = take(queue)
         assert task is not None
-        TaskLog(task.id, queue.redis, attempt=1, token=task.token).add(outcome)
-        queue.finish(task, outcome, None)  # type: ignore[arg-type]
+        Stream(task.id, queue.redis).add(outcome)
+        finish(queue, task, outcome, None)  # type: ignore[arg-type]
     queue.put("waits")
     with dashboard(redis_server.url, tmp_path_factory.mktemp("dashboard")) as one:
         yield one

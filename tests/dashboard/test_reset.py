@@ -15,14 +15,15 @@ import httpx
 import pytest
 from conftest import Server, wait_until
 from httpx_sse import connect_sse
+from streams import Stream, take
 
 from ailf.messaging.redis import blocking_client, connect_async
 from dashboard.hub import Hub, Item
-from task_streams import TaskLog, TaskQueue, keys
+from task_streams import TaskQueue, keys
 from task_streams.log import BLOCK_SECONDS, follow
 
 SECONDS = 60  # for a machine ten times slower
-STREAM, WRITER = keys.stream("t"), keys.writer("t")
+STREAM = keys.stream("t")
 LIVE = 5  # entries that are watched before the stream is rewritten
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -44,7 +45,7 @@ class Past:
         self.redis.config_set("appendfsync", "always")
         self.aof, self.copy = server.directory / "appendonlydir", server.directory / "copy"
         TaskQueue(self.redis).put({}, id="t")
-        self.log = TaskLog("t", self.redis)
+        self.log = Stream("t", self.redis)
         for n in range(LIVE):
             if n == LIVE - 2:
                 shutil.copytree(self.aof, self.copy)
@@ -78,16 +79,16 @@ def with_the_same_length(past: Past) -> None:
 
 
 def with_nothing_yet(past: Past) -> None:
-    past.redis.delete(STREAM, WRITER)
+    past.redis.delete(STREAM)
 
 
 def with_another_task(past: Past) -> None:
     past.redis.flushall()
     queue = TaskQueue(past.redis)
     queue.put({}, id="t")
-    task = queue.take()
+    task = take(queue)
     assert task is not None and task.id == "t"
-    log = TaskLog("t", past.redis, attempt=task.attempt, token=task.token)
+    log = Stream("t", past.redis, task.epoch)
     log.add("started", worker="w")
     log.add("progress", percent=1, step="s")
 
@@ -102,8 +103,9 @@ def with_the_last_entries_lost(past: Past) -> None:
 
 def with_others_in_their_place(past: Past) -> None:
     with_the_last_entries_lost(past)
+    log = Stream("t", past.redis)  # of another attempt: its epoch is a later one
     for n in range(LIVE):
-        past.log.add("progress", percent=n, step="s")
+        log.add("progress", percent=n, step="s")
 
 
 REWRITES = [
@@ -155,7 +157,7 @@ class Watcher(threading.Thread):
 
 
 def by_follow(server: Server) -> Iterator[Told]:
-    for event in TaskLog("t", server.client()).follow(timeout_seconds=SECONDS):
+    for event in Stream("t", server.client()).follow(timeout_seconds=SECONDS):
         yield event.name, event.id
 
 
@@ -222,7 +224,7 @@ def test_rewritten_stream_is_noticed_beside_a_busy_one(valkey: Server) -> None:
     past, over = Past(valkey), threading.Event()
 
     def keep_busy() -> None:
-        log = TaskLog("busy", valkey.client())
+        log = Stream("busy", valkey.client())
         while not over.wait(0.01):
             log.add("progress", percent=1, step="s")
 

@@ -14,9 +14,11 @@ import httpx
 import pytest
 from conftest import Server, free_port, lacking, wait_until
 from httpx_sse import connect_sse
+from streams import Stream, take
+from streams import finish as close
 
 from dashboard.sse import split_cursors
-from task_streams import TaskLog, TaskQueue, keys
+from task_streams import LogReader, TaskQueue, keys
 
 Start = Callable[..., "subprocess.Popen[str]"]
 SEED = 4  # of the places where connections are cut: the same in each run
@@ -127,7 +129,7 @@ def agent(
     stop = threading.Event()
 
     def work() -> None:
-        logs = [TaskLog(task_id, server.client()) for task_id in task_ids]
+        logs = [Stream(task_id, server.client()) for task_id in task_ids]
         n = 0
         while not stop.wait(pause_seconds if n >= history else 0):
             for log in logs:
@@ -163,7 +165,7 @@ def ids_of(server: Server, task_id: str) -> list[str]:
 
 
 def entries_of(server: Server, task_id: str) -> list[dict[str, object]]:
-    return [{"task": task_id, **event.as_dict()} for event in TaskLog(task_id, server.client()).read()]
+    return [{"task": task_id, **event.as_dict()} for event in LogReader(task_id, server.client()).read()]
 
 
 # -- one task -------------------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def test_clients_get_the_same(dashboard: Dashboard, valkey: Server) -> None:
 
 def test_trimmed_cursor_gets_a_gap_first(dashboard: Dashboard, valkey: Server) -> None:
     """It tells how many entries have gone, and whoever is cut right after it goes on as before it."""
-    log = TaskLog("t", valkey.client())
+    log = Stream("t", valkey.client())
     ids = [log.add("progress", percent=n, step="") for n in range(20)]
     log.add("completed")
     valkey.client().xtrim(keys.stream("t"), maxlen=5, approximate=False)
@@ -319,12 +321,12 @@ def everything_until(
 def finish(server: Server, task_id: str) -> None:
     """Bring a task that waits to its end, as a worker does."""
     queue = TaskQueue(server.client())
-    task = queue.claim(queue.redis.lpop(keys.QUEUE).encode(), worker="w")
+    task = take(queue, newest=True)
     assert task is not None and task.id == task_id
-    log = TaskLog(task.id, queue.redis, attempt=task.attempt, token=task.token)
+    log = Stream(task.id, queue.redis, task.epoch)
     log.add("started", worker="w")
     log.add("completed", result=1)
-    queue.finish(task, "completed", 1)
+    close(queue, task, "completed", 1)
 
 
 def test_task_that_lived_while_nobody_watched_is_not_missed(dashboard: Dashboard, valkey: Server) -> None:
@@ -351,7 +353,7 @@ def test_id_of_too_many_tasks_is_a_position(dashboard: Dashboard, valkey: Server
     meanwhile, from its start."""
     queue = TaskQueue(valkey.client())
     many = [task.id for task in queue.put_many([{}] * 101)]
-    logs = {task_id: TaskLog(task_id, queue.redis) for task_id in many}
+    logs = {task_id: Stream(task_id, queue.redis) for task_id in many}
     for task_id in many:
         logs[task_id].add("started", worker="w")
 
@@ -418,7 +420,7 @@ def test_restart_of_the_dashboard_loses_and_repeats_nothing(dashboard: Dashboard
 
 def test_client_that_never_reads_slows_nobody(dashboard: Dashboard, valkey: Server) -> None:
     """Ten of them, while 10 MB are written: others get all, and the dashboard's memory stays bounded."""
-    log = TaskLog("t", valkey.client())
+    log = Stream("t", valkey.client())
     log.add("started", worker="w")
     hostile = [socket.socket() for _ in range(10)]
     for connection in hostile:

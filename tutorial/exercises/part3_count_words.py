@@ -8,13 +8,13 @@ Run it:  PYTHONPATH=. python tutorial/exercises/part3_count_words.py, and in ano
 from task_streams import Task, TaskLog, run_worker
 
 
-def handle(task: Task, log: TaskLog) -> dict[str, int]:
+async def handle(task: Task, log: TaskLog) -> dict[str, int]:
     """Count the words of task.data["payload"]["text"], line by line.
 
-    For each line one entry: event `processing`, with a `step` such as "line 2: 5 words". Return {"words": 7}.
-    Where the payload has no text that is a str, the task can never succeed: raise PermanentFailure.
+    Add one entry for each line: event `processing`, with a `step` such as "line 2: 5 words". Return {"words": 7}.
+    If the payload has no text that is a str, the task can never succeed: raise PermanentFailure.
     """
-    raise NotImplementedError("your code: log.add for each line, as handle() of consumer.py does it")
+    raise NotImplementedError("your code: await log.add(…) for each line, as handle() of consumer.py does it")
 
 
 if __name__ == "__main__":

@@ -14,5 +14,5 @@ def workers(tasks_per_second: float, seconds_each: float, concurrency: int) -> i
 
 
 def memory_bytes(tasks_per_day: int, stream_bytes: int, record_bytes: int) -> int:
-    """Return what finished tasks take: a stream (with its writer) is kept for 24 hours, a record for 48."""
+    """Return what finished tasks take: a stream is kept for 24 hours, a record for 48."""
     raise NotImplementedError("your code: one line")

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 
 from part5_event_source import event_source
 
-STARTED = ["id: 10-1", "event: started", 'data: {"seq": 1}', ""]
-PROGRESS = ["id: 11-2", "event: progress", 'data: {"seq": 2}', ""]
-COMPLETED = ["id: 12-3", "event: completed", 'data: {"seq": 3}', ""]
-ALL = [("started", '{"seq": 1}'), ("progress", '{"seq": 2}'), ("completed", '{"seq": 3}')]
+STARTED = ["id: 10-1", "event: started", 'data: {"n": 1}', ""]
+PROGRESS = ["id: 10-2", "event: progress", 'data: {"n": 2}', ""]
+COMPLETED = ["id: 10-3", "event: completed", 'data: {"n": 3}', ""]
+ALL = [("started", '{"n": 1}'), ("progress", '{"n": 2}'), ("completed", '{"n": 3}')]
 
 
 class Server:
@@ -27,7 +27,7 @@ def test_events_come_until_the_server_says_204() -> None:
     server = Server(["retry: 1000", "", *STARTED, ": ping", "", *PROGRESS, *COMPLETED])
 
     assert list(event_source(server.connect)) == ALL
-    assert server.asked == ["", "12-3"]
+    assert server.asked == ["", "10-3"]
 
 
 def test_an_event_that_was_cut_off_comes_whole() -> None:
@@ -35,7 +35,7 @@ def test_an_event_that_was_cut_off_comes_whole() -> None:
     server = Server([*STARTED, *PROGRESS[:2]], [*PROGRESS, *COMPLETED])
 
     assert list(event_source(server.connect)) == ALL
-    assert server.asked == ["", "10-1", "12-3"]
+    assert server.asked == ["", "10-1", "10-3"]
 
 
 def test_a_lost_connection_loses_nothing() -> None:
@@ -48,4 +48,4 @@ def test_a_lost_connection_loses_nothing() -> None:
     server = Server(lost(), [*PROGRESS, *COMPLETED])
 
     assert list(event_source(server.connect)) == ALL
-    assert server.asked == ["", "10-1", "12-3"]
+    assert server.asked == ["", "10-1", "10-3"]

@@ -52,7 +52,7 @@ def test_a_worker_that_dies_neither_loses_nor_doubles(server: FakeServer, comman
     """Wherever the first worker dies, after the second one the money is there once."""
     dying = Dying(server=server, decode_responses=True)
     dying.commands_left = commands
-    with contextlib.suppress(Died):  # where it needs fewer commands, it does not die
+    with contextlib.suppress(Died):  # if it needs fewer commands, it does not die
         credit(dying, "ann", 100, "p1")
 
     assert int(credit(FakeRedis(server=server, decode_responses=True), "ann", 100, "p1")) == 100

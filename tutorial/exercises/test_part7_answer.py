@@ -7,7 +7,7 @@ import pytest
 from fakeredis import FakeRedis, FakeServer
 from part7_answer import wait_for_answer
 
-GETS = 5  # who asks more often than that in a fifth of a second asks all the time
+GETS = 5  # more of them in a fifth of a second would be polling
 
 
 class Watched(FakeRedis):
@@ -16,7 +16,7 @@ class Watched(FakeRedis):
     gets = 0
 
     def after_first_get(self) -> None:
-        """Replaced where something shall happen."""
+        """A test replaces this."""
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
         reply = super().execute_command(*args, **options)
@@ -57,14 +57,14 @@ def test_an_answer_that_is_there_is_returned(redis: Watched, answer: Callable[[s
 
 
 def test_an_answer_that_comes_after_a_look_is_not_missed(redis: Watched, answer: Callable[[str, str], None]) -> None:
-    """It comes just after you have looked for it in vain: who listens only then never hears of it."""
+    """It comes just after you have looked. If you subscribe only then, you never hear of it."""
     redis.after_first_get = lambda: answer("why?", "because")  # type: ignore[method-assign]
 
     assert wait_for_answer(redis, "why?", 3) == "because"
 
 
 def test_another_question_is_not_ours(redis: Watched, answer: Callable[[str, str], None]) -> None:
-    """A message wakes all who listen; the answer to another question is none."""
+    """A message wakes everybody who listens, but the answer to another question does not count."""
     redis.after_first_get = lambda: answer("when?", "now")  # type: ignore[method-assign]
 
     assert wait_for_answer(redis, "why?", 0.2) is None

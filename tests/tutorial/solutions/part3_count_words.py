@@ -3,7 +3,7 @@
 from task_streams import PermanentFailure, Task, TaskLog
 
 
-def handle(task: Task, log: TaskLog) -> dict[str, int]:
+async def handle(task: Task, log: TaskLog) -> dict[str, int]:
     """Count the words of task.data["payload"]["text"], line by line."""
     text = task.data.get("payload", {}).get("text")
     if not isinstance(text, str):
@@ -11,6 +11,6 @@ def handle(task: Task, log: TaskLog) -> dict[str, int]:
     total = 0
     for number, line in enumerate(text.splitlines(), start=1):
         words = len(line.split())
-        log.add("processing", step=f"line {number}: {words} words")
+        await log.add("processing", step=f"line {number}: {words} words")
         total += words
     return {"words": total}

@@ -1,0 +1,288 @@
+"""Claims: what a worker does with an element that it popped, until the task's record is closed.
+
+    claim     a lease of some seconds, a token that proves it, and the first event of the attempt (claim.lua)
+    finish    the terminal event, and the record closed (finish.lua)
+    release   hand the task back, or let it rest until its next attempt (release.lua)
+
+Each is one script, and repeating it changes nothing, so it is repeated when a connection is lost. On one server claim
+and first event share a call, and so do terminal event and finish. In a Cluster the record and the stream are on
+different nodes, and the calls go there one after the other.
+"""
+
+import logging
+import re
+import secrets
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ailf.messaging.redis import encode, from_json, to_json
+
+from . import keys
+from .log import MAXLEN, TTL_SECONDS, now_text
+from .lua import load
+from .pipeline import AnyPipeline, Call, Together, first_transient
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS = 10.0  # a killed worker's tasks run again within 15 s; a frozen server of 6.5 s is survived
+RECORD_TTL_SECONDS = 48 * 3600  # twice the stream's, so that "expired" is not mistaken for "never started"
+RECENT_TASKS = 10_000  # ids kept for lists
+DEAD_LETTERS = 10_000  # kept in `dead`; older ones go
+FINISHED_TASKS = 10_000  # entries kept of `finished`, approximately
+MAX_DATA_BYTES = 1_000_000  # of a task's data as JSON; larger things belong in a file that the task names
+MOST_CLAIMS_ABOVE = 5  # how often an epoch is drawn again because a stream has a later one
+
+_ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+DROPPED = {"held": "it runs, or it is not due yet", "done": "a task of that id has ended"}
+Outcome = Literal["completed", "failed", "cancelled"]
+First = tuple[str, str, str]  # the first event of an attempt: its name, and its only field and value
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task; from a claim on also with the proof of it (token) and its history."""
+
+    id: str
+    data: Any
+    attempt: int = 0  # claims so far
+    token: str = ""
+    epoch: str = "0"  # of this attempt's entries
+    seq: int = 0  # of its first entry
+    failures: int = 0  # attempts that ended with an error
+    losses: int = 0  # attempts that ended because their worker was gone
+    cancel_reason: str = ""  # not empty: its cancellation was asked for
+    ended: str = ""  # not empty: the stream has this terminal event already, only the record is open
+    problem: str = ""  # not empty: why it can never succeed
+
+    def __str__(self) -> str:
+        return self.id
+
+
+class Malformed(ValueError):
+    """An element of the list is no task; the message says why."""
+
+
+def parse_element(element: bytes, token: str = "") -> Task:
+    """Return the task in a list element, b'{"id": 7, "data": …}'. Raises Malformed with the reason."""
+    if len(element) > MAX_DATA_BYTES + 1_000:  # id and punctuation have room in the rest
+        raise Malformed(f"the element has {len(element):,} bytes; the limit is {MAX_DATA_BYTES:,}")
+    try:
+        value = from_json(element.decode())
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise Malformed("nested too deep") from error
+    except ValueError as error:
+        raise Malformed(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Malformed("not a JSON object")
+    if "id" not in value or "data" not in value:
+        raise Malformed(f'has no "{"data" if "id" in value else "id"}"')
+    try:
+        return Task(check_id(value["id"]), value["data"], token=token)
+    except ValueError as error:
+        raise Malformed(str(error)) from error
+
+
+def check_id(task_id: object) -> str:
+    """Return a task's id as text. check_id(7) -> '7'. Raises ValueError if it is not a valid id."""
+    text = str(task_id) if isinstance(task_id, int | str) and not isinstance(task_id, bool) else ""
+    if not _ID.fullmatch(text):
+        raise ValueError(f"not a task id: {str(task_id)[:80]!r} (letters, digits and . _ : @ - only, 128 at most)")
+    return text
+
+
+def id_json(task_id: str) -> str:
+    """Return an id as JSON, as put.lua writes it. id_json("7") -> '7'; id_json("a7") -> '"a7"'"""
+    return task_id if task_id.isascii() and task_id.isdigit() and task_id[0] != "0" else f'"{task_id}"'
+
+
+def new_token() -> str:
+    return secrets.token_hex(16)
+
+
+# -- the calls --------------------------------------------------------------------------------------------------
+
+
+def claim_steps(
+    tasks: Sequence[tuple[Task, str]],
+    worker: str,
+    lease_seconds: float,
+    is_one_server: bool,
+    first: First | None = None,
+) -> Generator[Call, Any, list[Task | Exception | None]]:
+    """Claim tasks, each with its token, and write the first event of each: `first`, or `started`.
+
+    Beside each task is its data as JSON, or "" if only a known task may be claimed. Yields calls and is sent their
+    replies, so that one algorithm serves threads and asyncio. Returns for each task what was claimed; None if its
+    element is to be dropped; or the error that concerns it alone. Raises an error that may go away by itself: then
+    repeat all of it.
+    """
+    first = first or ("started", "worker", worker)
+    timestamp = now_text()
+
+    def claim(some: Sequence[tuple[Task, str]], above: str = "0") -> Call:
+        script_keys: list[str] = [keys.LEASES, keys.UNFINISHED, keys.RECENT]
+        args: list[Any] = []
+        for task, text in some:
+            script_keys += [keys.record(task.id), keys.stream(task.id)][: 1 + is_one_server]
+            args += [task.id, task.token, text, above]
+        about = [1 + is_one_server, worker, int(lease_seconds * 1000), RECENT_TASKS, MAXLEN, timestamp, *first]
+        return load("claim"), script_keys, [*about, *args]
+
+    replies = yield claim(tasks)
+    first_transient(replies)
+    claimed: list[Task | Exception | None] = []
+    for (task, text), reply in zip(tasks, replies, strict=True):
+        problem = ""
+        for _ in range(MOST_CLAIMS_ABOVE):
+            if not isinstance(reply, Exception) and reply[0] == "claimed" and not is_one_server:
+                attempt = ("attempt", reply[1]) if first[0] == "started" else ()
+                about = [reply[2], reply[5], reply[4], reply[3], reply[8], MAXLEN, timestamp, *first, *attempt]
+                begun = yield load("start"), [keys.stream(task.id)], about
+                if begun[0] == "ok":
+                    reply[3] = begun[1]
+                elif begun[0] == "lost":
+                    [reply] = yield claim([(task, text)], begun[1])
+                    continue
+                else:
+                    reply = begun
+            if isinstance(reply, Exception) or reply[0] != "spoilt":
+                break
+            problem = f"somebody added the entry {reply[1]} to its stream, which then took no more and was deleted"
+            [reply] = yield claim([(task, text)])
+        claimed.append(reply if isinstance(reply, Exception) else _claimed(task, reply, problem))
+    return claimed
+
+
+def _claimed(task: Task, reply: list[Any], problem: str) -> Task | None:
+    if reply[0] == "ended":
+        return replace(task, ended=reply[1])
+    if reply[0] != "claimed":
+        logger.info("task %s: dropped an element with its id (%s)", task.id, DROPPED.get(reply[0], reply[0]))
+        return None
+    _, attempt, epoch, seq, _, _, failures, losses, _, cancel, text = reply
+    data = task.data
+    try:
+        data = from_json(text) if text else data
+    except (ValueError, RecursionError) as error:
+        problem = f"the data in its record cannot be read: {error}"
+    return Task(
+        id=task.id,
+        data=data,
+        attempt=int(attempt),
+        token=task.token,
+        epoch=epoch,
+        seq=int(seq),
+        failures=int(failures),
+        losses=int(losses),
+        cancel_reason=cancel,
+        problem=problem,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a task ended. With `entry_id` and `fields`, finish.lua writes the terminal event too."""
+
+    task: Task
+    event: str
+    result: Any
+    entry_id: str = ""
+    fields: Sequence[str] = ()
+
+
+def finish_call(ends: Sequence[End], is_one_server: bool) -> Call:
+    """Return the call that closes records; the reply has for each task 1, 0 (the lease is lost) or an error."""
+    script_keys = [keys.LEASES, keys.UNFINISHED, keys.TOTALS, keys.FINISHED, keys.DEAD]
+    args: list[Any] = []
+    for end in ends:
+        task, letter = end.task, ""
+        if end.event == "failed":
+            letter = dead_letter(task.id, task.data, end.result, task.attempt)
+        script_keys += [keys.record(task.id), keys.stream(task.id)][: 1 + is_one_server]
+        args += [task.id, task.token, end.event, to_json(end.result), letter, encode(task.id)]
+        args += [end.entry_id, len(end.fields), *end.fields]
+    about = [1 + is_one_server, RECORD_TTL_SECONDS * 1000, TTL_SECONDS * 1000, MAXLEN, DEAD_LETTERS, FINISHED_TASKS]
+    return load("finish"), script_keys, [*about, *args]
+
+
+def release_call(task: Task, delay_seconds: float | None = None, is_lost: bool = False) -> Call:
+    """Return the call that hands a task back, or with a delay counts a failure and lets it rest. 0: lease lost."""
+    delay_ms = "" if delay_seconds is None else int(delay_seconds * 1000)
+    counted = "losses" if is_lost else "" if delay_seconds is None else "failures"
+    args = [task.id, task.token, id_json(task.id), delay_ms, counted]
+    return load("release"), [keys.QUEUE, keys.LEASES, keys.record(task.id)], args
+
+
+def dead_letter(task_id: str, data: Any, reason: Any, attempts: int) -> str:
+    return to_json({"id": task_id, "data": data, "reason": reason, "attempts": attempts})
+
+
+# -- the asyncio side -------------------------------------------------------------------------------------------
+
+
+class Claims:
+    """The claims of one worker. Its methods raise redis-py's errors while Redis is away: then repeat them."""
+
+    def __init__(self, pipe: AnyPipeline, worker: str, lease_seconds: float = LEASE_SECONDS) -> None:
+        self.pipe, self.worker, self.lease_seconds = pipe, worker, lease_seconds
+        self._finish = Together(self._finish_many)
+
+    async def claim(self, elements: Sequence[tuple[bytes, str]]) -> list[Task]:
+        """Claim the tasks of popped elements, each with a token of its own; return those that are ours now.
+
+        Left out: copies of tasks that are held or have ended, and malformed elements, which go to `dead`. To repeat a
+        claim pass the same tokens.
+        """
+        found = [parsed for element, token in elements if (parsed := await self._parse(element, token)) is not None]
+        if not found:
+            return []
+        claimed: list[Task] = []
+        steps = claim_steps(found, self.worker, self.lease_seconds, self.pipe.is_one_server)
+        try:
+            call = next(steps)
+            while True:
+                call = steps.send(await self.pipe.run(call))
+        except StopIteration as done:
+            for task in done.value:
+                if isinstance(task, Exception):
+                    logger.error("a task was left to its lease: %s", task)
+                elif task is not None:
+                    claimed.append(task)
+        return claimed
+
+    async def _parse(self, element: bytes, token: str) -> tuple[Task, str] | None:
+        try:
+            task = parse_element(element, token)
+            return task, to_json(task.data)
+        except ValueError as error:  # Malformed, or nested deeper than Python can write
+            logger.warning("an element of %s is not a task: %s; it is in %s now", keys.QUEUE, error, keys.DEAD)
+            text = element[:MAX_DATA_BYTES].decode(errors="backslashreplace")
+            await self.pipe.call(
+                "LPUSH", keys.DEAD, to_json({"reason": str(error), "element": text, "bytes": len(element)})
+            )
+            await self.pipe.call("LTRIM", keys.DEAD, 0, DEAD_LETTERS - 1)
+            return None
+
+    async def finish(self, end: End) -> bool:
+        """Close a task's record. On one server its terminal event is written in the same call. False: lease lost."""
+        if end.entry_id and self.pipe.is_one_server:
+            return bool(await self._finish(end))
+        # the stream has its end already, and may be on another node
+        await self.pipe.call("PEXPIRE", keys.stream(end.task.id), TTL_SECONDS * 1000)
+        [reply] = await self.pipe.run(finish_call([end], is_one_server=False))
+        if isinstance(reply, Exception):
+            raise reply
+        return bool(reply)
+
+    async def _finish_many(self, ends: list[End]) -> list[Any]:
+        return list(await self.pipe.run(finish_call(ends, is_one_server=True)))
+
+    async def release(self, task: Task, delay_seconds: float | None = None, is_lost: bool = False) -> bool:
+        """Hand a task back, to be popped next; or with a delay count a failure and let it rest. False: lease lost.
+
+        `is_lost` counts a lost attempt: somebody else writes its stream, or the stream is gone.
+        """
+        return bool(await self.pipe.run(release_call(task, delay_seconds, is_lost)))
