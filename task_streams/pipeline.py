@@ -190,7 +190,13 @@ class ClusterPipeline:
         await self._client.aclose()
 
     def call(self, *command: Any) -> "asyncio.Future[Any]":
-        return asyncio.ensure_future(self._client.execute_command(*command))
+        return asyncio.ensure_future(self._execute(command))
+
+    async def _execute(self, command: tuple[Any, ...]) -> Any:
+        try:
+            return await self._client.execute_command(*command)
+        except (AttributeError, TypeError) as error:  # it was closed while in use: redis/redis-py#4287
+            raise LostConnection(f"the connection was closed meanwhile ({error})") from error
 
     async def run(self, call: Call) -> Any:
         return await _run(self.call, call)

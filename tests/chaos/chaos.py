@@ -256,7 +256,7 @@ class Load:
                     break
                 if event is not None and event.name == "reset":
                     self.history.watched[task_id] = []  # what was seen is no more; all comes again
-                elif event is not None:
+                elif event is not None and event.name != "gap":  # after a loss an attempt may go on behind a hole
                     self.history.watched.setdefault(task_id, []).append(
                         Seen(event.id, time.monotonic(), event.is_terminal)
                     )

@@ -202,6 +202,9 @@ def _check_ids(
     """Check that epochs and seq grow as they should. After a loss they may have jumped, and seq may begin again if all
     that knew it is gone."""
     is_broken = has_losses or is_forgotten
+    if has_losses:  # an attempt whose claim was lost may go on behind the loss; the next attempt does not count it
+        first_of = {epoch_of(entry_id): fields["event"] for entry_id, fields in reversed(entries)}
+        counted = [one for one in counted if first_of[epoch_of(one)] in ("started", "worker_lost", "cancelled")]
     seqs = [seq_of(entry_id) for entry_id in counted]
     if not is_forgotten and seqs != (sorted(set(seqs)) if has_losses else list(range(1, len(seqs) + 1))):
         yield Violation("duplicated", f"{text}: seq {seqs}")
