@@ -70,7 +70,7 @@ async def work_on(job: Job, consumer: Consumer) -> None:
         except TaskCancelled as cancelled:
             await log.end("cancelled", str(cancelled), reason=str(cancelled))
             logger.info("task %s cancelled: %s", task, cancelled)
-        except LeaseLost:
+        except (LeaseLost, *REDIS_ERRORS):
             raise
         except BaseException as error:  # the task boundary: whatever a task does, the consumer goes on
             if consumer.signals > 1:  # Ctrl-C, twice

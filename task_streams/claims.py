@@ -150,7 +150,7 @@ def claim_steps(
                     reply = begun
             if isinstance(reply, Exception) or reply[0] != "spoilt":
                 break
-            problem = f"somebody added the entry {reply[1]} to its stream, which then took no more and was deleted"
+            problem = f"somebody has spoilt its stream ({reply[1]}), which was deleted"
             [reply] = yield claim([(task, text)])
         claimed.append(reply if isinstance(reply, Exception) else _claimed(task, reply, problem))
     return claimed

@@ -36,7 +36,7 @@ from ailf.messaging.redis import (
 
 from . import keys
 from .claims import LEASE_SECONDS, Claims, End, Malformed, Task, new_token, parse_element, release_call
-from .log import Lease, LeaseLost, LogReader, TaskCancelled, TaskLog
+from .log import Lease, LeaseLost, LogReader, StreamEnded, TaskCancelled, TaskLog
 from .pipeline import AnyPipeline, ClusterPipeline, Pipeline, run
 from .queue import BLOCK_SECONDS, TaskQueue, ending_of
 from .retrying import Outage, delays
@@ -100,10 +100,12 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end, and wait for it: a few seconds if Redis is silent."""
+        """Let the thread end: in a few seconds if Redis is silent."""
         self._stop.set()
         self._wake.set()
-        self._thread.join()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         renew_at = recover_at = 0.0
@@ -198,11 +200,14 @@ class Heartbeat:
         frame = sys._current_frames().get(self._loop_thread)
         where = "".join(traceback.format_stack(frame)) if frame else "?"
         logger.critical("the event loop is blocked; this worker ends. A handler hangs here:\n%s", where)
-        running = asyncio.current_task(self._loop)
-        for one in list(self.held.values()):
-            if running is None or one.runs is not running:  # that one counts as lost
-                with contextlib.suppress(*REDIS_ERRORS):  # then its lease runs out
-                    run(self.queue.redis, release_call(one.task))
+        running, held = asyncio.current_task(self._loop), list(self.held.values())
+        # a handler's own task, or a callback: nobody knows whose, so each of them may be the one
+        culprits = [one for one in held if running is not None and one.runs is running] or held
+        for one in held:
+            try:
+                run(self.queue.redis, release_call(one.task, is_lost=one in culprits))
+            except REDIS_ERRORS:  # then the leases run out
+                break
         os._exit(1)
 
     def _hear(self) -> None:
@@ -221,11 +226,15 @@ class Consumer:
         self.lease_seconds, self._url = lease_seconds, url
         self.outage = Outage()
         self.signals = 0
+        self._handlers: dict[int, Any] = {}  # of signals, as they were before
         self.on_signal = self._leave_at_second
 
     async def __aenter__(self) -> "Consumer":
         loop = asyncio.get_running_loop()
-        self.queue = TaskQueue(await asyncio.to_thread(connect, self._url), patience_seconds=0)  # the heartbeat's
+        client = await asyncio.to_thread(connect, self._url)
+        # the heartbeat's; subtle: like this, bytes in a record that are not UTF-8 cost no task its lease
+        self.queue = TaskQueue(blocking_client(client, 0), patience_seconds=0)
+        client.close()
         client = await connect_async(self._url)
         self.redis = blocking_client(client, BLOCK_SECONDS, decode_responses=False, client_name=WORKER_NAME + self.name)
         self.pipe: AnyPipeline
@@ -238,6 +247,7 @@ class Consumer:
         self.claims = Claims(self.pipe, self.name, self.lease_seconds)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.getsignal(number)
                 loop.add_signal_handler(number, self._count_signal)
         self.heartbeat = Heartbeat(self.queue, self.lease_seconds, self.outage)
         self.held = self.heartbeat.held
@@ -246,10 +256,12 @@ class Consumer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.heartbeat.stop)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().remove_signal_handler(number)
+        self.heartbeat.stop()
+        while self.heartbeat.is_alive():  # subtle: not in a thread, since handlers may have taken all of the pool's
+            await asyncio.sleep(0.01)
+        for number, handler in self._handlers.items():
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, handler)
         await self.pipe.close()
         await self.redis.aclose()
         self.queue.close()
@@ -314,7 +326,7 @@ class Consumer:
 
     async def _put_back(self, element: bytes, token: str) -> bool:
         with contextlib.suppress(Malformed):
-            if await self.claims.release(parse_element(element, token)):
+            if token and await self.claims.release(parse_element(element, token)):
                 return True
         await self.pipe.call("RPUSH", keys.QUEUE, element)
         return True
@@ -340,7 +352,9 @@ class Consumer:
             else:
                 return False
         except (LeaseLost, *REDIS_ERRORS) as error:
-            logger.warning("task %s was left to its lease: %s", task, error)
+            logger.warning("task %s is left to its lease: %s", task, error)
+        except Exception:  # the task boundary: what this task contains must not cost the others theirs
+            logger.exception("task %s cannot be ended; it is left to its lease", task)
         return True
 
     async def release(self, job: Job, delay_seconds: float | None = None) -> bool:
@@ -348,6 +362,7 @@ class Consumer:
 
         While Redis is away it waits, unless this process is told to stop.
         """
+        job.log.stop(StreamEnded("this attempt has ended"))
         call = functools.partial(self.claims.release, job.task, delay_seconds)
         is_released = await self.insist("write", call)
         self.held.pop(job.task.token, None)

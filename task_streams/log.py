@@ -99,6 +99,7 @@ class TaskLog:
         self._stream = keys.stream(task_id)
         self._in_order = asyncio.Lock()  # it lets the calls pass in the order in which they came
         self._closed: Exception | None = None  # why nothing more is appended
+        self._has_ended = False  # the terminal event is written
         self._stopped: Exception | None = None  # why the handler may append no more
 
     async def add(self, event: str, /, **fields: Any) -> str:
@@ -151,6 +152,8 @@ class TaskLog:
 
     async def _write(self, event: str, pairs: list[str], result: Any) -> str:
         async with self._in_order:
+            if self._has_ended:  # an append that was asked for before the end, by a coroutine that nobody awaited
+                raise StreamEnded("the task has ended")
             entry_id = f"{self.epoch}-{self.seq + 1}"
             try:
                 await self._insist(event, entry_id, pairs, result)
@@ -158,6 +161,7 @@ class TaskLog:
                 self.lease.is_lost, self._closed = True, lost
                 raise
             self.seq += 1
+            self._has_ended = event in keys.TERMINAL
             return entry_id
 
     async def _insist(self, event: str, entry_id: str, pairs: list[str], result: Any) -> None:
@@ -230,7 +234,10 @@ def entry_fields(event: str, fields: dict[str, Any]) -> list[str]:
 
 def message_of(error: BaseException) -> str:
     """Return what an exception says, as events have it: cut, and as text that UTF-8 can hold."""
-    return str(error)[:MAX_ERROR_CHARS].encode(errors="backslashreplace").decode() or repr(error)
+    try:
+        return str(error)[:MAX_ERROR_CHARS].encode(errors="backslashreplace").decode() or repr(error)
+    except Exception:  # an exception of somebody else's, whose __str__ fails
+        return type(error).__name__
 
 
 def now_text() -> str:

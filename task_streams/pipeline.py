@@ -7,7 +7,6 @@ Both have call(), run() and close(); the code above doesn't know the difference.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +17,7 @@ from redis.asyncio import RedisCluster
 from redis.exceptions import ConnectionError as LostConnection
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 
-from ailf.messaging.redis import REDIS_ERRORS, Client, is_transient
+from ailf.messaging.redis import Client, is_transient
 
 from .lua import Script
 from .retrying import delays
@@ -53,13 +52,14 @@ class Pipeline(asyncio.Protocol):
         self._unsent: list[bytes] = []
         self._error: Exception = LostConnection("not connected yet")
         self._transport: asyncio.Transport | None = None
-        self._lost, self._writable = asyncio.Event(), asyncio.Event()
+        self._writable = asyncio.Event()
         self._heard_at = 0.0  # loop time of the last reply, or of a command when none was awaited
         self._task: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
         """Connect. Raises redis-py's error if that fails; later losses are repaired in the background."""
         self._loop = asyncio.get_running_loop()
+        self._lost = self._loop.create_future()
         await self._open()
         self._task = asyncio.create_task(self._keep())
 
@@ -73,7 +73,7 @@ class Pipeline(asyncio.Protocol):
 
     def call(self, *command: Any) -> "asyncio.Future[Any]":
         """Send a command with all others of this turn of the event loop; the future has its reply or its error."""
-        future = self._loop.create_future()
+        future, packed = self._loop.create_future(), hiredis.pack_command(command)
         if self._transport is None:
             future.set_exception(self._error)
             return future
@@ -82,12 +82,15 @@ class Pipeline(asyncio.Protocol):
         self._waiting.append(future)
         if not self._unsent:
             self._loop.call_soon(self._send)
-        self._unsent.append(hiredis.pack_command(command))
+        self._unsent.append(packed)
         return future
 
     async def run(self, call: Call) -> Any:
         """Run a script by its hash; send it whole if the server doesn't know it, as after a restart."""
-        return await _run(self.call, call)
+        reply = await _run(self.call, call)
+        if self._transport and isinstance(reply, list) and any(isinstance(one, ReadOnlyError) for one in reply):
+            self._transport.abort()
+        return reply
 
     async def ready(self) -> None:
         """Wait while too much is unsent."""
@@ -105,8 +108,7 @@ class Pipeline(asyncio.Protocol):
         )
         transport.set_protocol(self)
         transport.set_write_buffer_limits(MOST_UNSENT_BYTES)
-        self._transport = transport
-        self._lost.clear()
+        self._transport, self._lost = transport, self._loop.create_future()
         self._writable.set()
 
     async def _keep(self) -> None:
@@ -118,15 +120,15 @@ class Pipeline(asyncio.Protocol):
                 try:
                     await self._open()
                     break
-                except (*REDIS_ERRORS, OSError) as away:
+                except Exception as away:  # whatever it is, this must go on: nobody else connects again
                     self._error = away if isinstance(away, RedisError) else LostConnection(str(away))
                 await asyncio.sleep(delay)
 
     async def _until_lost(self) -> None:
         """Wait for the loss of the connection, and give it up if the server is silent."""
-        while not self._lost.is_set():
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._lost.wait(), self._silence_seconds / 4)
+        while not self._lost.done():
+            # subtle: not wait_for(), which forgets that it was cancelled if the loss comes in the same moment
+            await asyncio.wait([self._lost], timeout=self._silence_seconds / 4)
             if self._waiting and self._loop.time() - self._heard_at > self._silence_seconds and self._transport:
                 self._transport.abort()
 
@@ -169,7 +171,8 @@ class Pipeline(asyncio.Protocol):
         for future in lost:
             if not future.done():
                 future.set_exception(LostConnection(reason))
-        self._lost.set()
+        if not self._lost.done():
+            self._lost.set_result(None)
         self._writable.set()
 
 

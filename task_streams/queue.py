@@ -8,6 +8,7 @@ Every change is one script on keys of one slot, and repeating it changes nothing
 lost. Only BRPOP cannot be repeated: recover finds in the ledger what it popped for nobody.
 """
 
+import itertools
 import logging
 import re
 import threading
@@ -38,7 +39,7 @@ from .claims import (
     new_token,
     parse_element,
 )
-from .log import TTL_SECONDS, LogReader
+from .log import MAX_ERROR_CHARS, TTL_SECONDS, LogReader
 from .lua import load
 from .pipeline import Call, first_transient, run
 from .retrying import repeat
@@ -132,11 +133,11 @@ class TaskQueue:
         created, tries = self._run_put(ids, batch, delay_seconds)
         tasks = []
         for task_id, data, new in zip(ids, batch, created, strict=True):
-            if new or (tries > 1 and self._is_put(task_id, data)):  # or it was put by a try whose reply was lost
-                tasks.append(Task(task_id, from_json(data)))
-            else:  # somebody pushed that number by hand, or the counter was lost
-                self._ids.clear()
-                tasks += self._put_new([data], delay_seconds)
+            while not (new or (tries > 1 and self._is_put(task_id, data))):  # or by a try whose reply was lost
+                self._ids.clear()  # somebody pushed that number by hand, or the counter was lost
+                [task_id] = self._draw_ids(1)
+                [new], tries = self._run_put([task_id], [data], delay_seconds)
+            tasks.append(Task(task_id, from_json(data)))
         return tasks
 
     def _draw_ids(self, count: int) -> list[str]:
@@ -161,12 +162,13 @@ class TaskQueue:
 
     def _put_as(self, task_id: str, data: str, delay_seconds: float = 0) -> tuple[Task, bool]:
         """Put under an id; return the task of that id, and whether it is new."""
-        if self._run_put([task_id], [data], delay_seconds)[0][0]:
+        [is_new], tries = self._run_put([task_id], [data], delay_seconds)
+        if is_new:
             return Task(task_id, from_json(data)), True
         first = repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds)
         if first is None:  # it expired between the two commands
             return self._put_as(task_id, data, delay_seconds)
-        return Task(task_id, from_json(first)), False
+        return Task(task_id, from_json(first)), tries > 1 and first == data  # put by a try whose reply was lost
 
     def _run_put(self, ids: list[str], batch: list[str], delay_seconds: float) -> tuple[list[int], int]:
         """Run put.lua; return its reply, and how many tries it took."""
@@ -240,7 +242,7 @@ class TaskQueue:
 
         Raises NoSuchTask, or ValueError if the task has ended.
         """
-        reason = reason or "cancelled"
+        reason = (reason or "cancelled")[:MAX_ERROR_CHARS]
         asked = load("cancel"), [keys.record(task_id), keys.LEASES], [task_id, reason, keys.CANCEL_CHANNEL]
         status = self._run(asked)
         if status is None:
@@ -368,9 +370,17 @@ class TaskQueue:
         """Say whether a task waits, runs or rests until its next attempt; delayed and parked tasks don't count."""
         if self.redis.llen(keys.QUEUE):
             return True
-        for task_id, _ in self.redis.zscan_iter(keys.UNFINISHED, count=AUDIT_LIMIT):
-            if self.redis.hget(keys.record(task_id), "status") in ("waiting", "running", "retrying"):
+        for start in itertools.count(0, AUDIT_LIMIT):
+            ids = self.redis.zrange(keys.UNFINISHED, start, start + AUDIT_LIMIT - 1)
+            with self.redis.pipeline(transaction=False) as pipe:
+                for task_id in ids:
+                    pipe.hget(keys.record(task_id), "status")
+                statuses = pipe.execute(raise_on_error=False)  # a spoilt record is no work
+            first_transient(statuses)
+            if any(status in ("waiting", "running", "retrying") for status in statuses):
                 return True
+            if len(ids) < AUDIT_LIMIT:
+                break
         return False
 
 

@@ -111,6 +111,9 @@ class _Worker:
         self.free = concurrency
         self.left_behind = 0  # slots whose handlers cannot be stopped
         self.slot_freed = asyncio.Event()  # or something else for which the loop should look again
+        self.broken: Exception | None = None  # why no task can be claimed
+        self.is_leaving = False
+        self.popping: asyncio.Task[list[bytes]] | None = None
         self.steps: set[asyncio.Task[None]] = set()  # jobs that run, and what is on its way beside
 
     # -- the loop -----------------------------------------------------------------------------------------------
@@ -122,7 +125,8 @@ class _Worker:
         self.pops = await self.consumer.pipeline_for_pops()
         try:
             return await self.take_until_stopped(burst) or await self.finish_or_hand_back()
-        except REDIS_ERRORS:
+        except BaseException:  # Redis refuses something, or whoever called work() has cancelled it
+            await self.return_popped()
             await self.hand_back()
             raise
         finally:
@@ -130,6 +134,8 @@ class _Worker:
 
     async def take_until_stopped(self, burst: bool) -> int:
         while not self.consumer.signals:
+            if self.broken is not None:
+                raise self.broken
             if self.left_behind == self.concurrency:
                 logger.critical("all %d slots are taken by handlers that cannot be stopped; leaving", self.concurrency)
                 await self.hand_back()
@@ -138,7 +144,7 @@ class _Worker:
                 self.slot_freed.clear()
                 await self.slot_freed.wait()
                 continue
-            elements = await self.insist("pop", self.pop)
+            elements = await self.insist("pop", self.pop_safely)
             if elements is None:  # a signal came while Redis was away
                 break
             if elements and self.consumer.signals:
@@ -161,6 +167,20 @@ class _Worker:
         self.steps.add(task)
         task.add_done_callback(self.steps.discard)
         return task
+
+    async def pop_safely(self) -> list[bytes]:
+        """Pop in a task of its own: a pop that is cancelled would lose what it brings."""
+        self.popping = asyncio.create_task(self.pop())
+        elements = await asyncio.shield(self.popping)
+        self.popping = None
+        return elements
+
+    async def return_popped(self) -> None:
+        """Put back what a pop brings after this worker was cancelled."""
+        if self.popping is not None:
+            await asyncio.wait([self.popping], timeout=2 * BLOCK_SECONDS)
+            if self.popping.done() and not self.popping.cancelled() and self.popping.exception() is None:
+                await self.consumer.put_back([(element, "") for element in self.popping.result()])
 
     async def pop(self) -> list[bytes]:
         """BRPOP one element, and RPOP others for which there is room, in one round trip. Never cancelled.
@@ -194,14 +214,18 @@ class _Worker:
         jobs: list[Job] = []
         try:
             jobs = await self.consumer.claim_all(elements)
-        except REDIS_ERRORS as error:
-            logger.error("cannot claim: %s", error)
+        except REDIS_ERRORS as error:  # it refuses to claim, as without the right to: then this worker ends
+            self.broken = error
+            await self.consumer.put_back([(element, "") for element in elements])
         finally:
             self.release_slots(len(elements) - len(jobs))
         if jobs:
             self.fault("claimed")
         for job in jobs:
-            job.runs = self.spawn(self.process(job))
+            if self.is_leaving:  # hand_back() gives it back
+                self.release_slots(1)
+            else:
+                job.runs = self.spawn(self.process(job))
 
     def release_slots(self, count: int) -> None:
         self.free += count
@@ -248,6 +272,8 @@ class _Worker:
         if job.is_left_behind:  # its end was written without it
             return
         self.fault("handled")
+        if isinstance(outcome, asyncio.CancelledError) and job.why is None and job.runs and job.runs.cancelling():
+            job.why = HandedBack("the event loop shuts down")  # subtle: it is 0 if the handler has raised it itself
         if isinstance(outcome, TaskCancelled):
             job.why = job.why or outcome
         if job.why is not None:
@@ -311,7 +337,7 @@ class _Worker:
             return
         delay = min(self.limits.backoff_seconds * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS)
         logger.warning("task %s: %s; tried again in %g s", job.task, message, delay, exc_info=traced)
-        await self.insist("write", lambda: self.consumer.claims.release(job.task, delay))
+        await self.consumer.release(job, delay)
 
     async def finish(self, job: Job, event: str, result: Any, **fields: Any) -> None:
         await job.log.end(event, result, **fields)
@@ -331,7 +357,12 @@ class _Worker:
 
     async def wait_for_end(self, job: Job) -> None:
         assert job.runs is not None
-        await asyncio.wait([job.runs], timeout=STUBBORN_SECONDS)
+        patience = STUBBORN_SECONDS
+        if (
+            isinstance(job.why, LeaseLost) and not self.is_async
+        ):  # nobody waits for its end, and threads take their time
+            patience += self.consumer.heartbeat.time_limit_seconds
+        await asyncio.wait([job.runs], timeout=patience)
         if job.phase == "ending" or job.runs.done():
             return
         job.is_left_behind = True
@@ -369,7 +400,7 @@ class _Worker:
 
     async def hand_back(self) -> None:
         """Stop all handlers, and give their tasks back to the queue; with a second signal, without waiting for them."""
-        held = self.held
+        held, self.is_leaving = self.held, True
         for job in list(held.values()):
             self.stop(job, HandedBack("the worker shuts down"))
         if self.steps:

@@ -31,6 +31,10 @@ class Journal:
         os.write(self.file, f"{json.dumps(entry)}\n".encode())  # one write: lines of several processes do not mix
 
 
+async def hang(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 def make_handler(journal: Journal) -> Any:
     async def handle(task: Task, log: TaskLog) -> Any:
         data = task.data if isinstance(task.data, dict) else {}
@@ -39,6 +43,8 @@ def make_handler(journal: Journal) -> Any:
             for step in range(data.get("steps", 1)):
                 await log.add("progress", percent=step, step=f"step {step}")
                 await asyncio.sleep(data.get("seconds", 0))
+                if data.get("in") == "a coroutine of its own":
+                    await asyncio.gather(hang(data["hang"]))
                 time.sleep(data.get("hang", 0))
             match data.get("then"):
                 case "raise":

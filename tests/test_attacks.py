@@ -366,7 +366,7 @@ def test_foreign_entry_that_was_deleted_again_does_not_keep_the_next_attempt_out
     assert names(redis)[-2:] == ["started", "completed"]
 
 
-@pytest.mark.parametrize("largest", [f"{LARGEST}-{LARGEST}", f"{2**53}-0", f"{2**53 + 1}-7"])
+@pytest.mark.parametrize("largest", [f"{LARGEST}-{LARGEST}", f"{2**53}-0", f"{2**53 + 1}-7", f"{{epoch}}-{LARGEST}"])
 def test_absurd_foreign_id_gets_a_clear_end(largest: str, url: str, queue: TaskQueue, redis: Redis) -> None:
     queue.put({"n": 1})
     element = popped(redis)
@@ -374,16 +374,40 @@ def test_absurd_foreign_id_gets_a_clear_end(largest: str, url: str, queue: TaskQ
     async def test() -> None:
         async with attempts(url) as worker:
             _, log = await worker.claim(element)
-            redis.xadd(keys.stream("1"), {"event": "hello"}, id=largest)
+            its_id = largest.format(epoch=log.epoch)
+            redis.xadd(keys.stream("1"), {"event": "hello"}, id=its_id)
             with pytest.raises(LeaseLost):
                 await log.add("progress", percent=1)
             end_lease(queue, "1")
             task, log = await worker.claim(element)
-            assert largest in task.problem
+            assert its_id in task.problem
             await log.end("failed", task.problem, error=task.problem, attempts=1)
 
     run(test)
     assert names(redis)[-1] == "failed"
+
+
+def test_task_whose_stream_is_something_else_fails_clearly(url: str, queue: TaskQueue, redis: Redis) -> None:
+    """Somebody has SET the key of its stream: the task has an end that says so, and the worker goes on."""
+    redis.set(keys.stream("1"), "not a stream")
+    queue.put_many([{}, {}])
+
+    async def handler(_task: Task, _log: TaskLog) -> None:
+        pass
+
+    assert run(lambda: work(handler, url=url, burst=True)) == 0
+    assert names(redis)[-1] == "failed" and names(redis, "2")[-1] == "completed"
+    assert "it is a string" in str((queue.get("1") or {})["result"])
+
+
+def test_burst_ends_although_a_record_is_spoilt(url: str, queue: TaskQueue, redis: Redis) -> None:
+    queue.put_many([{}, {}], delay_seconds=3600)
+    redis.set(keys.record("1"), "not a hash")
+
+    async def handler(_task: Task, _log: TaskLog) -> None:
+        pass
+
+    assert run(lambda: work(handler, url=url, burst=True)) == 0
 
 
 # -- the log owns its appends -----------------------------------------------------------------------------------
@@ -436,6 +460,25 @@ def test_append_whose_reply_was_lost_is_written_once(url: str, queue: TaskQueue,
     run(test)
     assert names(redis) == ["started", *["progress"] * 20, "completed"]
     assert seqs(redis) == list(range(1, 23))
+
+
+def test_append_that_was_asked_for_before_the_end_is_not_written_behind_it(
+    url: str, queue: TaskQueue, redis: Redis
+) -> None:
+    """A handler starts a coroutine that adds an event, and returns without waiting for it."""
+    queue.put({})
+    added: list[asyncio.Task[str]] = []
+
+    async def handler(_task: Task, log: TaskLog) -> None:
+        added.append(asyncio.create_task(log.add("progress", percent=50)))
+        await asyncio.sleep(0)
+
+    async def test() -> None:
+        await work(handler, url=url, burst=True)
+        await asyncio.wait(added)
+
+    run(test)
+    assert names(redis)[-1] == "completed"
 
 
 def test_concurrent_coroutines_of_one_handler_queue(url: str, queue: TaskQueue, redis: Redis) -> None:

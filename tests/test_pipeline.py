@@ -245,6 +245,23 @@ def test_close_fails_what_is_on_its_way(empty_valkey: Server) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_close_returns_in_the_moment_in_which_the_connection_is_lost(empty_valkey: Server, turns: int) -> None:
+    async def test() -> None:
+        async with pipeline(empty_valkey.url) as pipe:
+            waiting = pipe.call("BLPOP", "nothing", 0)
+            await asyncio.sleep(0)  # it is sent
+            assert pipe._transport is not None
+            pipe._transport.abort()
+            with pytest.raises(LostConnection):
+                await waiting
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await asyncio.wait_for(pipe.close(), 60)
+
+    run(test)
+
+
 def test_read_only_reply_makes_it_connect_again(valkey: Server) -> None:
     """The server has become a replica: the command fails, and a new connection may find the master."""
 

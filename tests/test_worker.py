@@ -20,10 +20,11 @@ from attempts import attempts, end_lease, popped, run
 from conftest import Proxy, Server, wait_until
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
+import consumer
 from task_streams import (
     BlockingLog,
     Event,
@@ -672,6 +673,53 @@ def test_handler_that_never_returns_is_cancelled(valkey: Server, queue: TaskQueu
     assert names(queue, task.id) == ["started", "progress", "cancelled"]
 
 
+def test_work_that_is_cancelled_hands_back_its_tasks(valkey: Server, queue: TaskQueue) -> None:
+    """Its handlers are cancelled, and no element is swallowed."""
+    tasks = queue.put_many([{}] * 3)
+
+    async def cancel_it() -> None:
+        working = asyncio.create_task(work(never, url=valkey.url, concurrency=4, lease_seconds=600))
+        while any(names(queue, task.id)[-1:] != ["progress"] for task in tasks):
+            await asyncio.sleep(0.02)
+        queue.redis.lpush(keys.QUEUE, '{"id": "by-hand", "data": {}}')
+        working.cancel()
+        await asyncio.wait_for(asyncio.wait([working]), 60)
+        assert working.cancelled()
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(cancel_it())
+    waiting = {json.loads(element)["id"] for element in queue.redis.lrange(keys.QUEUE, 0, -1)}
+    assert waiting == {"by-hand", *(int(task.id) for task in tasks)}
+    assert all((queue.get(task.id) or {})["failures"] == 0 for task in tasks)
+
+
+def test_consumer_goes_on_after_a_task_whose_record_is_spoilt(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """consumer.py, whose loop is its own: the end of the one task is refused; the other one is completed."""
+    monkeypatch.setenv("REDIS_URL", valkey.url)
+    spoilt, other = queue.put_many([{}, {}])
+
+    async def handle(task: Task, _log: TaskLog) -> None:
+        if task.id == spoilt.id:
+            queue.redis.set(keys.record(spoilt.id), "not a hash")
+
+    monkeypatch.setattr(consumer, "handle", handle)
+
+    assert asyncio.run(consumer.consume(10, burst=True)) == 0
+    assert names(queue, other.id)[-1] == "completed"
+
+
+def test_worker_without_the_right_to_claim_ends_and_leaves_the_queue_as_it_is(valkey: Server, queue: TaskQueue) -> None:
+    queue.redis.execute_command("ACL SETUSER weak on nopass ~* &* +@all -eval -evalsha")
+    queue.redis.lpush(keys.QUEUE, *['{"id": "by-hand", "data": {}}'] * 3)
+
+    with pytest.raises(NoPermissionError):
+        run_worker(never, url=valkey.url.replace("//", "//weak:any@"), concurrency=2)
+
+    assert queue.redis.llen(keys.QUEUE) == 3
+
+
 def test_task_of_a_handler_that_ignores_its_cancellation_ends_without_it(
     valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -739,9 +787,20 @@ def test_worker_whose_event_loop_hangs_ends_and_hands_its_other_tasks_back(
 
     assert process.returncode == 1
     assert "the event loop is blocked" in errors and "programs.py" in errors
-    assert (queue.get(other.id) or {})["status"] == "waiting"
-    assert (queue.get(other.id) or {})["losses"] == 0
-    assert (queue.get(hanging.id) or {})["status"] == "running"
+    for task, losses in ((other, 0), (hanging, 1)):
+        record = queue.get(task.id) or {}
+        assert (record["status"], record["losses"]) == ("waiting", losses)
+
+
+def test_task_of_a_handler_that_hangs_in_a_coroutine_of_its_own_counts_as_lost(queue: TaskQueue, worker: Start) -> None:
+    """Else it could end one worker after the other."""
+    hanging = queue.put({"hang": 3600, "in": "a coroutine of its own"})
+    process = worker("--lease", "1", "--silent-loop", "1")
+
+    process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert (queue.get(hanging.id) or {})["losses"] == 1
 
 
 # -- recovering -------------------------------------------------------------------------------------------------

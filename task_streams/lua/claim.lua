@@ -5,7 +5,7 @@
 --       then for each task: id, token, data as JSON ('' if only a known task may be claimed), an epoch to be above
 -- Returns for each task {'claimed', attempt, epoch, seq, epochs known before, put_at, failures, losses, lost worker, reason of
 --         a cancellation, data if the record has other data}; {'held'}: somebody works on it, or it is not due;
---         {'done'}; {'unknown'}; {'ended', terminal event}, {'spoilt', id}: claimed, but see first.lua;
+--         {'done'}; {'unknown'}; {'ended', terminal event}, {'spoilt', why}: claimed, but see first.lua;
 --         or an error that concerns it alone.
 -- include first
 local time = redis.call('TIME')

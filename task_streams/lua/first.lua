@@ -1,7 +1,7 @@
 -- The first append of an attempt. Included by claim.lua, which shares its call with it on one server, and by start.lua.
 local ENDS = {completed = true, failed = true, cancelled = true}
 local LOOK_BACK = 10 -- entries at the end of a stream, among which its terminal event is looked for
-local TOO_LARGE = 2 ^ 53 -- ms from which on ids cannot be compared as numbers; no clock shows them
+local TOO_LARGE = 2 ^ 53 -- from here on the parts of an id cannot be compared as numbers; no clock and no count gets there
 
 local function ms_of(id)
   return tonumber(string.match(id, '^%d+'))
@@ -62,10 +62,15 @@ end
 -- `is_again`: this may be a call whose reply was lost. `may_rise`: if the epoch is not above all that is in the
 -- stream, take one that is.
 -- Returns {'ok', seq of the event, epoch}, {'ended', terminal event}, {'lost', ms of the newest entry} or
---         {'spoilt', id of the newest entry}: a foreign id is so large that the stream takes no more; it is deleted.
+--         {'spoilt', why}: the key is not a stream, or a foreign id is so large that it takes no more; it is deleted.
 local function first_append(stream, epoch, is_again, may_rise, put_at, epochs, seq, lost_worker, maxlen, timestamp,
   fields)
-  local is_there = redis.call('EXISTS', stream) == 1
+  local kind = redis.call('TYPE', stream).ok
+  if kind ~= 'stream' and kind ~= 'none' then
+    redis.call('DEL', stream)
+    return {'spoilt', 'it is a ' .. kind}
+  end
+  local is_there = kind == 'stream'
   local last = is_there and redis.call('XREVRANGE', stream, '+', '-', 'COUNT', LOOK_BACK) or {}
   local last_id = is_there and last_id_of(stream)
   if last_id and put_at and ms_of(last_id) < tonumber(put_at) then -- an earlier task of that id wrote it
@@ -82,9 +87,9 @@ local function first_append(stream, epoch, is_again, may_rise, put_at, epochs, s
   end
   if last_id then
     local newest = ms_of(last_id)
-    if newest >= TOO_LARGE then
+    if newest >= TOO_LARGE or tonumber(string.match(last_id, '%d+$')) >= TOO_LARGE then
       redis.call('DEL', stream)
-      return {'spoilt', last_id}
+      return {'spoilt', 'it has the entry ' .. last_id}
     end
     if newest >= epoch then
       -- subtle: the same entry again is a call whose reply was lost
