@@ -5,7 +5,7 @@ Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server
 Keys:    BRPOPs task_queue, XADDs to task_logs:<id>
 See:     tutorial/part3.md
 
-This is the whole loop. run_worker() does it for many tasks at once, with time limits, and stops a task that is to end.
+This is the whole loop. run_worker() does it for many tasks at once, with time limits, and cancels running tasks.
 """
 
 import argparse
@@ -92,7 +92,7 @@ async def work_on(job: Job, consumer: Consumer) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Take tasks from the queue one at a time, and log each step.")
     parser.add_argument("--burst", action="store_true", help="work until nothing waits or runs, then exit")
-    parser.add_argument("--lease", type=number(1), default=10, metavar="S", help="when a killed one's task runs again")
+    parser.add_argument("--lease", type=number(1), default=10, metavar="S", help="seconds until a lost task runs again")
     args = parser.parse_args()
     return asyncio.run(consume(args.lease, args.burst))
 

@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--type", metavar="T", help="put a task of this type")
     parser.add_argument("--payload", metavar="JSON", help="its payload (default {})")
     parser.add_argument("--id", help="an id of your own: putting it twice queues it once")
-    parser.add_argument("--delay", type=float, default=0, metavar="SECONDS", help="let it wait so long first")
+    parser.add_argument("--delay", type=float, default=0, metavar="SECONDS", help="how long it waits before it may run")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="put each task N times (default 1)")
     commands = parser.add_subparsers(dest="command", metavar="summarise | send-email")
     summarise = commands.add_parser("summarise", help="have an agent look at data files")

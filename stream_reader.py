@@ -59,7 +59,7 @@ STYLES = {
 
 
 def read(task_id: str, since: str, queue: TaskQueue) -> Iterator[Event]:
-    """Yield the events after an entry id that there are, with each `gap` and `reset`."""
+    """Yield the events stored after an entry id, with each `gap` and `reset`."""
     log, cursor = LogReader(task_id, queue.redis), Cursor(since)
     while True:
         events = log.read(cursor.id)
@@ -109,7 +109,7 @@ def events_of_all(args: argparse.Namespace, queue: TaskQueue) -> Iterator[tuple[
         except REDIS_ERRORS as error:
             if not is_transient(error):
                 raise
-            return time.monotonic() + BLOCK_SECONDS  # follow() says it, where there is anything to follow
+            return time.monotonic() + BLOCK_SECONDS  # follow() reports it if it follows anything
         cursors.update({task_id: args.since for task_id, _ in found if task_id not in known})  # follow() takes them up
         if found:  # from now on only what was put since then, and shortly before, is asked for and need be known
             known, put_at = {task_id for task_id, _ in found}, found[-1][1]
@@ -218,7 +218,7 @@ class TerminalPrinter:
             self.progress.update(bar, description=printable(self.words[task_id])[-max(room, 10) :])
             return
         words = self.words.pop(task_id, "")
-        percent = {"started": 0, "progress": event.fields.get("percent")}.get(event.name)  # an attempt begins anew
+        percent = {"started": 0, "progress": event.fields.get("percent")}.get(event.name)  # a new attempt starts at 0
         if isinstance(percent, int | float):
             self.progress.update(bar, total=100 if event.name == "progress" else None, completed=percent)
         self.progress.update(bar, description=event.name.replace("_", " "))
@@ -274,7 +274,7 @@ def is_known(task_id: str, queue: TaskQueue) -> bool:
 
 
 def place(task_id: str, queue: TaskQueue) -> int | None:
-    """Return how many tasks are before this one; None where that is not known, as while Redis is away."""
+    """Return how many tasks are before this one; None if that is not known, for example while Redis is away."""
     try:
         return queue.ahead(task_id)
     except REDIS_ERRORS as error:

@@ -9,7 +9,7 @@ Usage:   python -m task_streams status [--once | --json]     what waits and runs
 Prints:  ids, one a line, if stdout is a pipe; problems go to stderr
 Exits:   0 done, 1 something could not be done, 2 wrong usage, 130 after Ctrl-C
 Needs:   Redis at $REDIS_URL, else localhost:6379, else the embedded server
-         (only import starts it: looking at a queue must not leave a server behind; stop is for it alone)
+         (only import starts it, since looking at a queue must not leave a server behind; stop ends only that one)
 Keys:    reads task_queue, {task_queue}:leases, :dead, :totals and the records
 See:     tutorial/part6.md, tutorial/part7.md
 """

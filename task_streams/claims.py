@@ -60,7 +60,7 @@ class Task:
 
 
 class Malformed(ValueError):
-    """An element of the list is no task; the message says why."""
+    """An element of the list is not a task; the message says why."""
 
 
 def parse_element(element: bytes, token: str = "") -> Task:
@@ -114,7 +114,7 @@ def claim_steps(
 ) -> Generator[Call, Any, list[Task | Exception | None]]:
     """Claim tasks, each with its token, and write the first event of each: `first`, or `started`.
 
-    Beside each task is its data as JSON, or "" if only a known task may be claimed. Yields calls and is sent their
+    Each task comes with its data as JSON, or "" if only a known task may be claimed. Yields calls and is sent their
     replies, so that one algorithm serves threads and asyncio. Returns for each task what was claimed; None if its
     element is to be dropped; or the error that concerns it alone. Raises an error that may go away by itself: then
     repeat all of it.

@@ -16,7 +16,7 @@ AUDITED = "{task_queue}:audited"  # string, for a second: somebody has looked fo
 
 FIXED = (QUEUE, COUNTER, UNFINISHED, LEASES, RECENT, DEAD, FINISHED, TOTALS)  # all other keys expire
 
-CANCEL_CHANNEL = "task_queue:cancel"  # PubSub: the id of a task whose record asks for its end
+CANCEL_CHANNEL = "task_queue:cancel"  # PubSub: the id of a task that is to be cancelled
 LLM_RATE = "llm_rate"  # RedisRateLimiter: the calls of all workers to one LLM, llm_rate:<seconds>s:<model>
 
 

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 RECOVER_SECONDS = 1.0  # between two looks for lost tasks
 SILENT_LOOP_SECONDS = 60.0  # how long the event loop may not answer
 STOPPED_SECONDS = 15.0  # if the heartbeat itself was silent for so long, the whole process was stopped
-PATIENCE_SECONDS = 2.0  # how long it is tried to hand tasks back while Redis is away
+PATIENCE_SECONDS = 2.0  # how long to keep trying to hand tasks back while Redis is away
 STUBBORN_SECONDS = 3.0  # how long a handler may take to end after it was cancelled
 SILENCE_SECONDS = 4.0  # how long a reply may take
 MARGIN_SECONDS = 5.0  # how much later than its block time BRPOP's reply may come
@@ -116,7 +116,7 @@ class Heartbeat:
                 if one.lease.is_over:  # also while Redis is away: this worker trusts its own clock
                     self._tell(self.on_stop, one, LeaseLost(f"the lease of task {one.task} is over"))
                 elif now > one.began + self.time_limit_seconds:
-                    self._tell(self.on_stop, one, OutOfTime(f"no end within {self.time_limit_seconds:g} s"))
+                    self._tell(self.on_stop, one, OutOfTime(f"did not finish within {self.time_limit_seconds:g} s"))
             if now >= recover_at:
                 recover_at = now + RECOVER_SECONDS
                 self._survive("recover", self._recover)

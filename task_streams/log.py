@@ -290,7 +290,7 @@ def seq_of(entry_id: str) -> int | None:
 
 
 def check_cursor(entry_id: str) -> str:
-    """Return an entry id as it is. Raises ValueError where it is none."""
+    """Return the entry id unchanged. Raises ValueError if it is not valid."""
     ms, dash, seq = entry_id.partition("-")
     numbers = [ms, seq] if dash else [ms]
     if entry_id != "$" and not all(n.isascii() and n.isdigit() and int(n) < 2**64 for n in numbers):
@@ -382,7 +382,7 @@ def follow(
 ) -> Iterator[tuple[str, Event | None]]:
     """Yield (task id, event) of several streams over one connection, until all have ended.
 
-    `cursors` maps task ids to entry ids; it is the caller's, who may add tasks while following. After BLOCK_SECONDS
+    `cursors` maps task ids to entry ids; the caller owns it and may add tasks while following. After BLOCK_SECONDS
     without an event comes ("", None), so that the caller can look around. `blocking` is a blocking_client; `read` is
     how it is asked, by XREAD. See LogReader.follow for the rest.
     """

@@ -36,7 +36,7 @@ class Pipeline(asyncio.Protocol):
     """One connection to one server. It connects again when it is lost, and says nothing.
 
     A command on its way when the connection is lost fails with redis-py's ConnectionError, and so does one that is
-    issued before there is a new one: whoever issued it settles it. A reply that takes longer than `silence_seconds`
+    issued before there is a new one. The caller deals with it. A reply that takes longer than `silence_seconds`
     counts as lost, too. Replies are text, or bytes with `decode=False`.
     """
 
@@ -262,7 +262,7 @@ class Together(Generic[T, R]):
     async def _call(self, items: list[tuple[T, asyncio.Future[R]]]) -> None:
         try:
             results: list[Any] = await self._send([item for item, _ in items])
-        except Exception as error:  # whatever it is, each of those who wait raises it
+        except Exception as error:  # whatever it is, every waiter gets it
             results = [error] * len(items)
         for (_, future), result in zip(items, results, strict=True):
             if future.done():

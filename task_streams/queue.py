@@ -5,7 +5,7 @@
     recover    pushes tasks again whose lease is over, or that were popped but never claimed (audit.lua, recover.lua)
 
 Every change is one script on keys of one slot, and repeating it changes nothing; so it is repeated when a connection is
-lost. Only BRPOP cannot be repeated: recover finds in the ledger what it popped for nobody.
+lost. Only BRPOP cannot be repeated: if nobody claims a popped task, recover finds it in the ledger.
 """
 
 import itertools
@@ -88,7 +88,7 @@ class TaskQueue:
 
     @cached_property
     def _raw(self) -> Client:
-        # subtle: bytes, because an element that is not UTF-8 must not stop who looks at the list
+        # subtle: bytes, because an element that is not UTF-8 must not break reading the list
         return blocking_client(self.redis, 0, decode_responses=False)
 
     def _run(self, call: Call) -> Any:
@@ -141,7 +141,7 @@ class TaskQueue:
         return tasks
 
     def _draw_ids(self, count: int) -> list[str]:
-        """Draw ids from the counter: by one INCRBY for many, and for who puts one after the other, in blocks.
+        """Draw ids from the counter, with one INCRBY for many. Single puts draw a block of ids ahead.
 
         A block is a tenth of what this queue has put before, so that gaps in the numbers stay rare.
         """
@@ -216,7 +216,7 @@ class TaskQueue:
         return list(replies)
 
     def recover(self, at_most_every_ms: int = 0) -> int:
-        """Push again what is owed and nobody works on (100 tasks at most); return how many. Any worker may call it.
+        """Push tasks again that are owed but not worked on, 100 at most; return how many. Any worker may call it.
 
         With at_most_every_ms it does nothing if anybody has looked so recently: one worker's look is enough for all.
         """
@@ -296,7 +296,7 @@ class TaskQueue:
         return pairs, others
 
     def requeue(self, task_id: str) -> Task:
-        """Put one dead task again, as requeue_dead() does. Raises NoSuchTask, or ValueError where it has not failed."""
+        """Put one dead task again, as requeue_dead() does. Raises NoSuchTask, or ValueError if it has not failed."""
         record = self.get(task_id)
         if record is None:
             raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
@@ -330,7 +330,7 @@ class TaskQueue:
         return values
 
     def ahead(self, task_id: str, within: int = 10_000) -> int | None:
-        """Return how many waiting tasks are popped before this one; None where it is not among the next `within`."""
+        """Return how many waiting tasks are popped before this one; None if it isn't among the next `within`."""
         element = self._element(task_id)
         place = self.redis.lpos(keys.QUEUE, element, rank=-1, maxlen=within) if element else None
         return None if place is None else int(self.redis.llen(keys.QUEUE)) - 1 - int(place)
@@ -346,7 +346,7 @@ class TaskQueue:
         return bool(element and self.redis.lrem(keys.QUEUE, -1, element))
 
     def is_listed(self, task_id: str, within: int = 1_000) -> bool:
-        """Say whether one of the next `within` elements has that id: so is found what was pushed by hand."""
+        """Say whether one of the next `within` elements has that id: this finds tasks that were pushed by hand."""
         for element in self.next_elements(within):
             try:
                 if parse_element(element).id == task_id:
@@ -367,7 +367,7 @@ class TaskQueue:
             return int(max(pipe.execute()))
 
     def has_work(self) -> bool:
-        """Say whether a task waits, runs or rests until its next attempt; delayed and parked tasks don't count."""
+        """Say whether a task waits, runs or rests until its next attempt. Delayed tasks don't count."""
         if self.redis.llen(keys.QUEUE):
             return True
         for start in itertools.count(0, AUDIT_LIMIT):

@@ -44,7 +44,7 @@ def repeat(call: Callable[[], T], patience_seconds: float) -> T:
 
 
 class Outage:
-    """Say once that Redis does not serve, and once that it serves again, whoever notices. Thread-safe."""
+    """Say once that Redis does not serve, and once that it serves again, whichever operation notices. Thread-safe."""
 
     def __init__(self) -> None:
         self._failing: set[str] = set()  # kinds of operations

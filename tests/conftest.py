@@ -83,14 +83,19 @@ def wait_until(predicate: Callable[[], object], what: str, seconds: float = DEAD
         time.sleep(0.02)
 
 
+PORTS = 1_500  # for each of eight processes
+
+
 def free_port() -> int:
     """A port that is free, and so is the one 10,000 above it, which a cluster's node takes as well.
 
     subtle: not one that the system chose: its ports (32768 and up) are lent to outgoing connections too, so that
-    a server which restarts may find its own taken, and 10,000 more may be past the last.
+    a server which restarts may find its own taken, and 10,000 more may be past the last. Each process that runs tests
+    has ports of its own, so that no other one takes a port before the server listens.
     """
+    first = 10_000 + PORTS * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8)
     while True:
-        port = random.randrange(10_000, 22_000)
+        port = random.randrange(first, first + PORTS)
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
             one.bind(("127.0.0.1", port))
             other.bind(("127.0.0.1", port + 10_000))

@@ -466,7 +466,7 @@ def spoil_memory(client: "Redis") -> None:
     client.config_set("maxmemory", "1")
 
 
-def mend_memory(client: "Redis") -> None:
+def restore_memory(client: "Redis") -> None:
     client.config_set("maxmemory", "0")
 
 
@@ -475,12 +475,12 @@ def spoil_role(client: "Redis") -> None:
     client.replicaof("127.0.0.1", "1")
 
 
-def mend_role(client: "Redis") -> None:
+def restore_role(client: "Redis") -> None:
     client.replicaof("NO", "ONE")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "mend", "word"), [(spoil_memory, mend_memory, "memory"), (spoil_role, mend_role, "read only")]
+    ("spoil", "restore", "word"), [(spoil_memory, restore_memory, "memory"), (spoil_role, restore_role, "read only")]
 )
 @pytest.mark.parametrize("running", [False, True])
 def test_worker_waits_for_a_server_that_cannot_write(
@@ -490,7 +490,7 @@ def test_worker_waits_for_a_server_that_cannot_write(
     said: Path,
     running: bool,
     spoil: Callable[["Redis"], None],
-    mend: Callable[["Redis"], None],
+    restore: Callable[["Redis"], None],
     word: str,
 ) -> None:
     """Memory full or a replica, with a task waiting or under way: the worker says so once, waits, and goes on."""
@@ -507,7 +507,7 @@ def test_worker_waits_for_a_server_that_cannot_write(
     wait_until(lambda: "Redis does not serve" in said.read_text(), "the worker has noticed")
     time.sleep(2)  # spoilt for so long that many tries fail
 
-    mend(queue.redis)
+    restore(queue.redis)
     wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task is done")
 
     says_once(said, word)
@@ -524,7 +524,7 @@ def test_leases_are_renewed_while_memory_is_full(server: Server, script: Start, 
     spoil_memory(queue.redis)
     ends = {queue.redis.zscore(keys.LEASES, task.id)}
     wait_until(lambda: ends.add(queue.redis.zscore(keys.LEASES, task.id)) or len(ends) > 4, "it is renewed four times")
-    mend_memory(queue.redis)
+    restore_memory(queue.redis)
     wait_until(lambda: names(queue, task.id)[-1:] == ["completed"], "the task is done")
     process.terminate()
 
@@ -655,7 +655,7 @@ def test_handler_that_never_returns_ends_by_its_time_limit(valkey: Server, queue
     run_worker(never, url=valkey.url, burst=True, time_limit_seconds=0.2, max_attempts=2, backoff_seconds=0.1)
 
     assert names(queue, task.id) == ["started", "progress", "error", "started", "progress", "error", "failed"]
-    assert events_of(queue, task.id)[-1].fields["error"] == "no end within 0.2 s"
+    assert events_of(queue, task.id)[-1].fields["error"] == "did not finish within 0.2 s"
 
 
 def test_handler_that_never_returns_is_cancelled(valkey: Server, queue: TaskQueue) -> None:

@@ -2,12 +2,12 @@
 --
 -- BRPOP takes an element before anybody claims its task, so a worker that dies in between leaves the task in the
 -- ledger only. The list is in the order of putting (oldest on the right), so every task that is not younger than the
--- oldest ones in the list, and that nobody leases, has probably been popped. It gets a lease of `grace`; if by its end
--- nobody has claimed it, recover.lua pushes it again, unless it finds it in the list: what was pushed again stands on
+-- oldest ones in the list, and that nobody leases, has probably been popped. It gets a lease of `grace`; if nobody
+-- has claimed it by then, recover.lua pushes it again, unless it finds it in the list: what was pushed again stands on
 -- the right, in no order, and so do those of one millisecond. A false suspicion beyond that costs one more element,
 -- which the claim drops.
 -- KEYS  queue, leases, unfinished, audited
--- ARGV  grace (ms), how many of the ledger to look at, ms in which one audit is enough, whoever asks (0: look now)
+-- ARGV  grace (ms), how many of the ledger to look at, ms in which one audit is enough for all workers (0: look now)
 -- Returns the ids whose lease is over, 100 at most.
 local WINDOW = 5 -- the oldest elements of the list
 local time = redis.call('TIME')
