@@ -82,7 +82,7 @@ async def work_on(job: Job, consumer: Consumer) -> None:
             if will_retry:
                 await consumer.release(job, delay_seconds=BACKOFF_SECONDS * 2**task.failures)
             else:
-                await log.end("failed", message, error=message, attempts=failures)
+                await log.end("failed", message, error=message, attempts=task.attempt)
     except (LeaseLost, *REDIS_ERRORS) as lost:
         await consumer.leave(job, lost)
     finally:

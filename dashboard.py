@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
     parser.add_argument(
-        "--allow-host", metavar="NAME", action="append", default=[], help="a name under which people reach it"
+        "--allow-host", metavar="NAME", action="append", default=[], help="another host name that browsers may use"
     )
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:

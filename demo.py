@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ailf.messaging.redis import connect
 from task_streams import TaskQueue
-from task_streams.cli import run
+from task_streams.cli import number, run
 
 HERE = Path(__file__).resolve().parent
 STOP_SECONDS = 15.0  # for the agent to finish what it does
@@ -42,7 +42,8 @@ def put(command: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The whole system in one terminal: three tasks, an agent, live.")
-    parser.add_argument("--llm-delay", default="1.0", metavar="S", help="seconds the mocked LLM takes to reply (1.0)")
+    delay = "seconds the mocked LLM takes to reply (default 1)"
+    parser.add_argument("--llm-delay", type=number(0, 60), default=1.0, metavar="S", help=delay)
     args = parser.parse_args(argv)
 
     queue = TaskQueue(connect())  # starts the embedded server if there is no other, so that the processes share it
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         queue.close()
     if waiting:
-        print(f"({waiting} task(s) of earlier runs are still owed; the agent works on them too)")
+        print(f"({waiting} task(s) of earlier runs are not finished; the agent works on them too)")
 
     ids = [put(command) for command in COMMANDS]
     with tempfile.TemporaryFile("w+") as agent_log:
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             "--concurrency",
             "3",
             "--llm-delay",
-            args.llm_delay,
+            str(args.llm_delay),
             "--grace",
             "2",
         ]

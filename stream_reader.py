@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -141,7 +142,7 @@ def text_of(event: Event, before: Event | None) -> str:
         case "gap", {"missed": missed}:  # somebody's own entry of that name may have none
             return f"{missed} event(s) missed: the stream was trimmed"
         case "reset", _:
-            return "the stream was lost in part; reading it from its start"
+            return "that entry is not in the stream, which may have been rewritten; reading it from its start"
         case "started", {"worker": worker}:
             return worker if (n := event.fields.get("attempt")) in (None, 0, 1) else f"attempt {n}  {worker}"
         case "error", {"error": error, "error_type": error_type}:
@@ -248,7 +249,10 @@ class TerminalPrinter:
         row = Table.grid(padding=(0, 2, 0, 0))
         for width in (8, min(max(3, len(task_id)), ID_CHARS), 16, None):
             row.add_column(width=width, overflow="fold")
-        clock = str(event.fields.get("timestamp", ""))[11:19]
+        try:
+            clock = f"{datetime.fromisoformat(str(event.fields.get('timestamp'))).astimezone():%H:%M:%S}"
+        except ValueError:  # somebody's own entry
+            clock = ""
         row.add_row(
             Text(clock, "dim"),
             Text(task_id, "bold"),
@@ -311,7 +315,6 @@ def watch(args: argparse.Namespace, queue: TaskQueue) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="stream_reader.py",
         description="Watch what happens in tasks, live: replay their streams, then follow them to the end.",

@@ -170,7 +170,7 @@ class Heartbeat:
         if not self._is_listening:
             self._listen()
         if count := self.queue.recover(at_most_every_ms=int(RECOVER_SECONDS * 900)):
-            logger.info("pushed %d task(s) again: they are due, or their worker was lost", count)
+            logger.info("queued %d task(s) again: they are due, or their worker was lost", count)
 
     def _listen(self) -> None:
         """Hear at once that a running task is to be cancelled; without it, the next heartbeat tells."""
@@ -346,7 +346,7 @@ class Consumer:
                     await self.insist("write", functools.partial(self.claims.finish, End(task, *ending)))
             elif problem:
                 logger.error("task %s failed: %s", task, problem)
-                await log.end("failed", problem, error=problem, attempts=task.failures + task.losses)
+                await log.end("failed", problem, error=problem, attempts=task.attempt)
             elif task.cancel_reason:
                 await log.end("cancelled", task.cancel_reason, reason=task.cancel_reason)
             else:

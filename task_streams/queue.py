@@ -409,9 +409,11 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _check_own_id(task_id: str) -> str:
     if check_id(task_id).isdigit():
-        raise ValueError(f"not an id of one's own: {task_id!r} (numbers belong to {keys.COUNTER}; add a letter)")
+        raise ValueError(f"{task_id!r} cannot be an id of your own: the queue gives plain numbers itself; add a letter")
     if _REQUEUED.search(task_id) or len(task_id) > MAX_OWN_ID:
-        raise ValueError(f"not an id of one's own: {task_id!r} ({MAX_OWN_ID} characters at most, no .r2 at the end)")
+        raise ValueError(
+            f"{task_id!r} cannot be an id of your own: {MAX_OWN_ID} characters at most, and no .r2 at the end"
+        )
     return task_id
 
 

@@ -120,7 +120,7 @@ class _Worker:
 
     async def run(self, burst: bool) -> int:
         self.loop = asyncio.get_running_loop()
-        self.consumer.on_signal = self.slot_freed.set
+        self.consumer.on_signal = self.on_signal
         self.consumer.heartbeat.on_stop = self.stop
         self.pops = await self.consumer.pipeline_for_pops()
         try:
@@ -157,6 +157,13 @@ class _Worker:
             elif burst and self.is_idle and not await self.consumer.has_work():
                 break
         return 0
+
+    def on_signal(self) -> None:
+        running = self.concurrency - self.free - self.left_behind
+        if self.consumer.signals == 1 and running:
+            seconds = self.limits.grace_seconds
+            logger.info("stopping: %d task(s) have %g s to finish (Ctrl-C again: hand them back now)", running, seconds)
+        self.slot_freed.set()
 
     @property
     def is_idle(self) -> bool:
@@ -333,7 +340,7 @@ class _Worker:
         self.fault("error")
         if is_final:
             logger.error("task %s failed: %s", job.task, message, exc_info=traced)
-            await self.finish(job, "failed", message, error=message, attempts=failures)
+            await self.finish(job, "failed", message, error=message, attempts=job.task.attempt)
             return
         delay = min(self.limits.backoff_seconds * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS)
         logger.warning("task %s: %s; tried again in %g s", job.task, message, delay, exc_info=traced)
@@ -388,8 +395,6 @@ class _Worker:
 
     async def finish_or_hand_back(self) -> int:
         """Wait for the running tasks; hand back those that take longer than the grace."""
-        if not self.is_idle:
-            logger.info("stopping: %d task(s) may finish within %g s", len(self.held), self.limits.grace_seconds)
         deadline = time.monotonic() + self.limits.grace_seconds
         while not self.is_idle and self.consumer.signals < 2 and time.monotonic() < deadline:
             self.slot_freed.clear()

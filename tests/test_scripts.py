@@ -98,7 +98,7 @@ def test_producer_commands_make_tasks(run: Run, queue: TaskQueue) -> None:
         (("--type", "t", "--payload", "{"), "--payload: not JSON"),
         (("--type", "t", "--payload", "NaN"), "--payload: not JSON: NaN"),
         (("--type", "t", "--payload", "[" * 100_000), "--payload: nested too deep"),
-        (("--type", "t", "--id", "7"), "numbers belong to task_id_counter"),
+        (("--type", "t", "--id", "7"), "the queue gives plain numbers itself"),
         (("--delay", "-1"), "a delay of -1 s is not between 0 and"),
         (("--delay", "nan"), "a delay of nan s"),
     ],

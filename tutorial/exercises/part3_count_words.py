@@ -1,8 +1,8 @@
-"""Exercise of part 3: a consumer of your own.
+r"""Exercise of part 3: a consumer of your own.
 
 Check:   python -m pytest tutorial/exercises/test_part3_count_words.py
 Run it:  PYTHONPATH=. python tutorial/exercises/part3_count_words.py, and in another terminal
-         python producer.py --type count_words --payload '{"text": "one two\\nthree"}'
+         python producer.py --type count_words --payload '{"text": "one two\nthree"}'
 """
 
 from task_streams import Task, TaskLog, run_worker

@@ -9,7 +9,10 @@ from . import embedded
 
 
 def main(argv: list[str]) -> int:
-    command = argv[0] if argv else "status"
+    command = " ".join(argv) or "status"
+    if command in ("-h", "--help"):
+        print(__doc__)
+        return 0
     if command == "stop":
         try:
             print("embedded server stopped" if embedded.stop() else "no embedded server is running")
