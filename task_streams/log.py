@@ -101,6 +101,7 @@ class TaskLog:
         self._closed: Exception | None = None  # why nothing more is appended
         self._has_ended = False  # the terminal event is written
         self._stopped: Exception | None = None  # why the handler may append no more
+        self._writing: asyncio.Task[None] | None = None  # the last append; asyncio itself would not keep it
 
     async def add(self, event: str, /, **fields: Any) -> str:
         """Append one event (XADD) and return its entry id. Atomic; written once.
@@ -117,12 +118,11 @@ class TaskLog:
 
     async def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even if the handler may append no more: the worker's way to say why."""
-        pairs = self._prepare(event, fields)
+        pairs, done = self._prepare(event, fields), asyncio.get_running_loop().create_future()
         # subtle: in a task of its own, so that it is written whatever becomes of the coroutine that asked for it
-        writing = asyncio.create_task(self._write(event, pairs, None))
-        # subtle: else asyncio logs the error of one for which nobody waits any more
-        writing.add_done_callback(lambda written: written.cancelled() or written.exception())
-        return await asyncio.shield(writing)
+        self._writing = asyncio.create_task(self._write_for(done, event, pairs))
+        entry_id: str = await done
+        return entry_id
 
     async def end(self, event: str, result: Any, /, **fields: Any) -> None:
         """Append the terminal event and close the task's record with `result`. Nothing can be appended after it.
@@ -149,6 +149,16 @@ class TaskLog:
         if event in keys.TERMINAL:
             self._closed = StreamEnded(event)
         return pairs
+
+    async def _write_for(self, done: "asyncio.Future[str]", event: str, pairs: list[str]) -> None:
+        try:
+            entry_id = await self._write(event, pairs, None)
+        except Exception as error:  # whatever it is, the one who waits raises it
+            if not done.done():
+                done.set_exception(error)
+        else:
+            if not done.done():
+                done.set_result(entry_id)
 
     async def _write(self, event: str, pairs: list[str], result: Any) -> str:
         async with self._in_order:
