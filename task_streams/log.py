@@ -321,7 +321,12 @@ class Cursor:
     So a jump in seq is a gap. A seq that was there before, or a stream that ends before the cursor, belongs to another
     history than the one that was read. A seq of 0 is somebody's own XADD: it is shown, and not counted.
 
-    It is pure: it reads nothing and waits for nothing. After a `reset` read again from `cursor.id`, the start. Whatever
+        5-1 5-2 9-3    nothing to say: two events of one attempt, then one of the next
+        5-1 5-4        gap, 2 missed
+        5-1 5-2 9-2    reset: a second event was read before, and this is another one
+        5-1 7-0 9-2    nothing to say: 7-0 is somebody's own
+
+    It is pure: it neither reads nor waits. After a `reset` read again from `cursor.id`, the start. Whatever
     stands in a stream, reading it to its end takes no more resets than it has entries.
     """
 

@@ -4,6 +4,9 @@
     run      one coroutine a task: the handler, then the terminal event and the record's end in one call
     stop     cancelled, out of time, lease lost, shutting down: cancel the handler; if it doesn't end, do without it
 
+Words: an element that was popped and not claimed is *put back*. A running task is *handed back* when the worker stops.
+A task that was lost to somebody else is *left*. A handler that cannot be stopped is *left behind*.
+
 consumer.py is the same for one task at a time, written to be read first.
 """
 
