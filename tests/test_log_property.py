@@ -330,7 +330,9 @@ class LogMachine(RuleBasedStateMachine):
             self.deliver(self.late.pop())
         self.queue.redis.delete(keys.QUEUE)  # elements of a task that has ended: a claim would drop them
         history = self.history.read_server(self.redis)
-        entries = {**dict(history.streams.get(ID, [])), **self.removed}
+        # a stranger's entry in the millisecond of an epoch takes a seq; once it is deleted, nobody knows of it
+        ours = {one: fields for one, fields in self.removed.items() if (ID, one) not in history.foreign}
+        entries = {**dict(history.streams.get(ID, [])), **ours}
         history.streams[ID] = sorted(entries.items(), key=lambda entry: order(entry[0]))
         for fields in self.removed.values():
             fields.pop("attempt", None)  # a claim that is repeated after its `started` was trimmed writes it once more
