@@ -475,7 +475,7 @@ def test_append_that_was_asked_for_before_the_end_is_not_written_behind_it(
 
     async def test() -> None:
         await work(handler, url=url, burst=True)
-        await asyncio.wait(added)
+        await asyncio.gather(*added, return_exceptions=True)
 
     run(test)
     assert names(redis)[-1] == "completed"
