@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from ailf.messaging.redis import encode, from_json, to_json
 
@@ -35,7 +35,6 @@ MOST_CLAIMS_ABOVE = 5  # how often an epoch is drawn again because a stream has 
 
 _ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 DROPPED = {"held": "it runs, or it is not due yet", "done": "a task of that id has ended"}
-Outcome = Literal["completed", "failed", "cancelled"]
 First = tuple[str, str, str]  # the first event of an attempt: its name, and its only field and value
 
 

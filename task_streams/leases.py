@@ -51,7 +51,7 @@ STUBBORN_SECONDS = 3.0  # how long a handler may take to end after it was cancel
 SILENCE_SECONDS = 4.0  # how long a reply may take
 MARGIN_SECONDS = 5.0  # how much later than its block time BRPOP's reply may come
 MAX_LOSSES = 5  # attempts that may end because their worker was gone: a task that kills its process must end, too
-WORKER_NAME = "worker:"  # then host:pid: the name of its connection in CLIENT LIST, for whoever asks who is alive
+WORKER_NAME = "worker:"  # then host:pid: its connection's name in CLIENT LIST, which shows the workers that are alive
 
 T = TypeVar("T")
 

@@ -410,7 +410,7 @@ def follow(
         if deadline is not None and time.monotonic() >= deadline:
             raise TimeoutError(f"no end within {timeout_seconds:g} s")
         try:
-            # subtle: again, since whoever gets an event may add a task
+            # subtle: look again, since the caller may add a task after each event
             while (new := [one for one in cursors if one not in at]) or (cursors and time.monotonic() >= look_at):
                 if not new:
                     look_at = time.monotonic() + BLOCK_SECONDS

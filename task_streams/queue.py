@@ -352,7 +352,7 @@ class TaskQueue:
                 if parse_element(element).id == task_id:
                     return True
             except Malformed:
-                continue  # whoever pops it will say so
+                continue  # the worker that pops it reports it
         return False
 
     def next_elements(self, count: int) -> list[bytes]:
@@ -385,7 +385,7 @@ class TaskQueue:
 
 
 def ending_of(log: LogReader) -> tuple[str, Any] | None:
-    """Return the terminal event that a stream has already, and what its record is to keep; None if there is none."""
+    """Return a stream's terminal event and the result to keep in the record; None if the stream has not ended."""
     for event in log.newest(10):
         if event.is_terminal:
             kept = [event.fields[name] for name in ("result", "error", "reason") if name in event.fields]

@@ -128,7 +128,7 @@ class _Worker:
         self.pops = await self.consumer.pipeline_for_pops()
         try:
             return await self.take_until_stopped(burst) or await self.finish_or_hand_back()
-        except BaseException:  # Redis refuses something, or whoever called work() has cancelled it
+        except BaseException:  # Redis refused something, or the caller cancelled work()
             await self.return_popped()
             await self.hand_back()
             raise

@@ -202,9 +202,23 @@ def empty_valkey(lasting_valkey: Server) -> Server:
 
 
 @pytest.fixture
+def redis(empty_valkey: Server) -> Redis:
+    return empty_valkey.client()
+
+
+@pytest.fixture
+def url(empty_valkey: Server) -> str:
+    return empty_valkey.url
+
+
+@pytest.fixture
 def cluster_of_one(tmp_path: Path) -> Iterator[str]:
     """The URL of a fresh Redis Cluster of one node, which holds all slots and refuses to mix them."""
-    server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    yield from serve_cluster_of_one(tmp_path)
+
+
+def serve_cluster_of_one(directory: Path) -> Iterator[str]:
+    server = Server(get_binary_path(), directory, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
     admin = server.client()
     admin.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
     wait_until(lambda: admin.cluster("info")["cluster_state"] == "ok", "the cluster is up")

@@ -8,7 +8,7 @@ from redis import Redis
 
 from ailf.messaging.redis import to_json
 from task_streams import LogReader, Task, TaskQueue, keys
-from task_streams.claims import End, Outcome, claim_steps, finish_call, new_token, parse_element, release_call
+from task_streams.claims import End, claim_steps, finish_call, new_token, parse_element, release_call
 from task_streams.log import TTL_SECONDS, entry_fields, order
 from task_streams.pipeline import run
 
@@ -49,7 +49,7 @@ def take(queue: TaskQueue, worker: str = "w", lease_seconds: float = 60, newest:
     return replace(task, attempt=reply[1], epoch=reply[2]) if reply[0] == "claimed" else None
 
 
-def finish(queue: TaskQueue, task: Task, outcome: Outcome, result: Any = None) -> bool:
+def finish(queue: TaskQueue, task: Task, outcome: str, result: Any = None) -> bool:
     """Close a task's record after its stream has ended."""
     [reply] = run(queue.redis, finish_call([End(task, outcome, result)], is_one_server=False))
     return bool(reply)

@@ -23,16 +23,6 @@ LARGEST = 2**64 - 1
 
 
 @pytest.fixture
-def redis(empty_valkey: Server) -> Redis:
-    return empty_valkey.client()
-
-
-@pytest.fixture
-def url(empty_valkey: Server) -> str:
-    return empty_valkey.url
-
-
-@pytest.fixture
 def queue(redis: Redis) -> TaskQueue:
     return TaskQueue(redis)
 
@@ -479,6 +469,30 @@ def test_append_that_was_asked_for_before_the_end_is_not_written_behind_it(
 
     run(test)
     assert names(redis)[-1] == "completed"
+
+
+def test_coroutine_that_a_failed_attempt_left_writes_nothing_more(url: str, queue: TaskQueue, redis: Redis) -> None:
+    """The task rests until its next attempt: what the first one started is over, too."""
+    queue.put({})
+    stray: list[asyncio.Task[None]] = []
+
+    async def add_for_ever(log: TaskLog) -> None:
+        while True:
+            await log.add("progress", percent=50)
+
+    async def handler(task: Task, log: TaskLog) -> None:
+        if task.attempt == 1:
+            stray.append(asyncio.create_task(add_for_ever(log)))
+            await log.add("processing", step="fail")
+            raise RuntimeError("as told")
+
+    async def test() -> None:
+        await work(handler, url=url, burst=True, backoff_seconds=0.1)
+        [error] = await asyncio.gather(*stray, return_exceptions=True)
+        assert isinstance(error, StreamEnded)
+
+    run(test)
+    assert names(redis)[-2:] == ["started", "completed"]
 
 
 def test_concurrent_coroutines_of_one_handler_queue(url: str, queue: TaskQueue, redis: Redis) -> None:

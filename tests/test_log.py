@@ -21,16 +21,6 @@ Write = Callable[[Server], Writer]
 
 
 @pytest.fixture
-def redis(empty_valkey: Server) -> Redis:
-    return empty_valkey.client()
-
-
-@pytest.fixture
-def url(empty_valkey: Server) -> str:
-    return empty_valkey.url
-
-
-@pytest.fixture
 def queue(redis: Redis) -> TaskQueue:
     """A queue with one task, 1."""
     queue = TaskQueue(redis)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import hashlib
 import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -224,7 +225,7 @@ def test_connection_on_which_nothing_is_awaited_is_not_silent(empty_valkey: Serv
     async def test() -> None:
         async with pipeline(empty_valkey.url, silence_seconds=0.05) as pipe:
             before = await pipe.call("CLIENT", "ID")
-            for _ in range(3):  # a turn of whoever looks for silence, and one more
+            for _ in range(3):  # longer than the silence that is allowed
                 await asyncio.sleep(0.05)
             assert await pipe.call("CLIENT", "ID") == before
 
@@ -282,8 +283,28 @@ def test_read_only_reply_makes_it_connect_again(valkey: Server) -> None:
     run(test)
 
 
+def test_read_only_reply_inside_that_of_a_script_makes_it_connect_again(valkey: Server) -> None:
+    """The scripts catch the error of each task, so it comes within a list."""
+    source = "return {1, redis.pcall('SET', KEYS[1], 1)}"
+    script = Script(source, hashlib.sha1(source.encode()).hexdigest())
+
+    async def test() -> None:
+        async with pipeline(valkey.url) as pipe:
+            before = await pipe.call("CLIENT", "ID")
+            await pipe.call("REPLICAOF", "127.0.0.1", "1")
+            reply = await pipe.run((script, ["a"], []))
+            assert isinstance(reply[1], ReadOnlyError)
+
+            async def is_another() -> bool:
+                return bool(await pipe.call("CLIENT", "ID") != before)
+
+            await until(is_another)
+
+    run(test)
+
+
 def test_ready_waits_while_too_much_is_unsent(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that reads nothing: whoever waits for ready() waits, until it reads again."""
+    """While the server reads nothing, ready() waits. It returns when the server reads again."""
     monkeypatch.setattr(pipeline_module, "MOST_UNSENT_BYTES", 1_000_000)
 
     async def test() -> None:

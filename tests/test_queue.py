@@ -10,9 +10,10 @@ from conftest import Server, wait_until
 from fakeredis import FakeRedis
 from redis.exceptions import ConnectionError as LostConnection
 
-from task_streams import NoSuchTask, TaskQueue, claims, keys
+from task_streams import LogReader, NoSuchTask, TaskQueue, claims, keys
 from task_streams import queue as queue_module
 from task_streams.claims import MAX_DATA_BYTES, check_id, parse_element
+from task_streams.log import MAX_ERROR_CHARS
 from task_streams.pipeline import run
 from task_streams.queue import MAX_DEPTH
 
@@ -450,6 +451,40 @@ def test_false_suspicion_costs_nothing(queue: TaskQueue, worker: Hand, monkeypat
     assert [worker.take().data for _ in range(30)] == list(range(30))
 
 
+def test_put_goes_on_behind_a_thousand_ids_that_are_taken(queue: TaskQueue) -> None:
+    """The counter was lost, and the records were not."""
+    with queue.redis.pipeline() as pipe:
+        for number in range(1, 1_101):
+            pipe.hset(keys.record(str(number)), "data", "1")
+        pipe.execute()
+
+    assert int(queue.put("new").id) > 1_100
+
+
+def test_put_once_whose_reply_was_lost_says_that_the_task_is_new(
+    queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = iter([LostConnection("the reply was lost")])
+
+    def run_and_lose(client: Any, call: Any) -> Any:
+        reply = run(client, call)
+        for error in replies:
+            raise error
+        return reply
+
+    monkeypatch.setattr(queue_module, "run", run_and_lose)
+
+    assert queue.put_once("mine", "own")[1]
+    assert not queue.put_once("mine", "own")[1]
+
+
+def test_reason_of_a_megabyte_is_cut(queue: TaskQueue, worker: Hand) -> None:
+    task = queue.put("a")
+
+    assert queue.cancel(task.id, "x" * 2_000_000) == "cancelled"
+    assert len(LogReader(task.id, queue.redis).read()[-1].fields["reason"]) == MAX_ERROR_CHARS
+
+
 def test_recover_forgets_what_has_no_record(queue: TaskQueue, worker: Hand) -> None:
     """A ledger entry whose record somebody deleted does not come up again and again."""
     queue.put("a")
@@ -480,7 +515,7 @@ def test_cancelling_what_does_not_run_ends_it(queue: TaskQueue, worker: Hand) ->
 
 
 def test_cancelling_a_running_task_tells_its_worker(queue: TaskQueue, worker: Hand) -> None:
-    """With the next heartbeat; if that worker is lost, whoever claims the task next is told."""
+    """The next heartbeat tells its worker. If that worker is lost, the next worker to claim the task is told."""
     queue.put("a")
     task = worker.take()
 

@@ -710,6 +710,39 @@ def test_consumer_goes_on_after_a_task_whose_record_is_spoilt(
     assert names(queue, other.id)[-1] == "completed"
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise AttributeError("as told")
+
+
+def test_exception_that_cannot_be_written_down_fails_its_task(valkey: Server, queue: TaskQueue) -> None:
+    """Its type is the message."""
+    task = queue.put({})
+
+    async def handler(_task: Task, _log: TaskLog) -> None:
+        raise Unspeakable
+
+    run_worker(handler, url=valkey.url, burst=True, max_attempts=1)
+
+    assert events_of(queue, task.id)[-1].fields["error"] == "Unspeakable"
+
+
+def test_record_that_is_not_utf_8_costs_no_other_task_its_lease(valkey: Server, queue: TaskQueue) -> None:
+    spoilt, other = queue.put_many([{}, {}])
+
+    async def handler(task: Task, log: TaskLog) -> None:
+        await log.add("progress", percent=50)
+        if task.id == spoilt.id:
+            Redis(port=valkey.port).hset(keys.record(task.id), "cancel", b"\xff")
+        before = queue.redis.zscore(keys.LEASES, other.id)
+        while task.id == other.id and queue.redis.zscore(keys.LEASES, other.id) == before:
+            await asyncio.sleep(0.05)
+
+    run_worker(handler, url=valkey.url, burst=True, concurrency=2, lease_seconds=3)
+
+    assert names(queue, other.id) == ["started", "progress", "completed"]
+
+
 def test_worker_without_the_right_to_claim_ends_and_leaves_the_queue_as_it_is(valkey: Server, queue: TaskQueue) -> None:
     queue.redis.execute_command("ACL SETUSER weak on nopass ~* &* +@all -eval -evalsha")
     queue.redis.lpush(keys.QUEUE, *['{"id": "by-hand", "data": {}}'] * 3)

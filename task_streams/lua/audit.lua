@@ -1,11 +1,10 @@
--- List the tasks whose lease is over, after giving a short lease to those that were popped but never claimed.
+-- List the tasks whose lease is over. First, give a short lease to tasks that seem to be popped but not claimed.
 --
--- BRPOP takes an element before anybody claims its task, so a worker that dies in between leaves the task in the
--- ledger only. The list is in the order of putting (oldest on the right), so every task that is not younger than the
--- oldest ones in the list, and that nobody leases, has probably been popped. It gets a lease of `grace`; if nobody
--- has claimed it by then, recover.lua pushes it again, unless it finds it in the list: what was pushed again stands on
--- the right, in no order, and so do those of one millisecond. A false suspicion beyond that costs one more element,
--- which the claim drops.
+-- BRPOP removes an element before its task is claimed. If the worker dies in between, only the ledger knows the task.
+-- The list is in the order of putting, the oldest on the right. So a task that nobody leases, and that is at least as
+-- old as the oldest elements of the list, was probably popped. It gets a lease of `grace`. If nobody has claimed it by
+-- then, recover.lua pushes it again, unless the list still holds it. (Tasks that were pushed again, or put in the same
+-- millisecond, are not in order.) A wrong guess beyond that costs one extra element, which the claim drops.
 -- KEYS  queue, leases, unfinished, audited
 -- ARGV  grace (ms), how many of the ledger to look at, ms in which one audit is enough for all workers (0: look now)
 -- Returns the ids whose lease is over, 100 at most.

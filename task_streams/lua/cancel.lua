@@ -1,4 +1,4 @@
--- Ask for a task's end. The worker of a running task carries it out; whoever asks claims any other task and ends it.
+-- Request a task's cancellation. If the task runs, its worker ends it. Otherwise the caller claims the task and ends it.
 -- KEYS  record, leases
 -- ARGV  id, reason, channel on which workers listen
 -- Returns the task's status, or nil if it has no record.

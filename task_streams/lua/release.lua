@@ -1,6 +1,6 @@
 -- Give up a claim: push the task, to be popped next, or let it rest until its next attempt.
 -- KEYS  queue, leases, record
--- ARGV  id, token, id as JSON, delay (ms) or '' to push it, what to count: 'failures', 'losses' or '' for nothing
+-- ARGV  id, token, id as JSON, delay (ms) or '' to push it now, counter to increment: 'failures', 'losses' or '' for none
 -- Returns 1, or 0 if the lease is lost. A second call changes nothing.
 local r = redis.call('HMGET', KEYS[3], 'status', 'token', 'data', 'worker')
 if r[2] ~= ARGV[2] then

