@@ -17,7 +17,8 @@ from typing import Any
 from ailf.messaging.redis import REDIS_ERRORS, to_json
 from task_streams import LeaseLost, PermanentFailure, Task, TaskCancelled, TaskLog, keys
 from task_streams.cli import number, run
-from task_streams.leases import Consumer, Job
+from task_streams.consuming import Consumer
+from task_streams.leases import Job
 from task_streams.log import message_of
 from task_streams.worker import MAX_ATTEMPTS
 

@@ -73,9 +73,9 @@ def main() -> int:
         if args.id is None:
             print_ids(put_all(queue, tasks * args.count, args.delay))
         else:
-            task, is_new = queue.put_once(tasks[0], args.id, args.delay)
+            task = queue.put(tasks[0], args.id, args.delay)
             print_ids([task])
-            if not is_new:
+            if not task.is_new:
                 print(f"producer.py: there is a task {task.id} already; nothing was queued", file=sys.stderr)
     except ValueError as error:
         print(f"producer.py: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ from rich.text import Text
 from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, decode, encode, is_transient
 from task_streams import Event, LogReader, TaskQueue, keys
 from task_streams.cli import printable, run
-from task_streams.log import BLOCK_SECONDS, PAGE, Cursor, Read, check_cursor, follow
+from task_streams.reader import BLOCK_SECONDS, PAGE, Cursor, Read, check_cursor, follow
 
 COMPLETED, FAILED, CANCELLED, NOT_ENDED, NO_SUCH_TASK = range(5)
 EXIT_CODES = {"completed": COMPLETED, "failed": FAILED, "cancelled": CANCELLED}
@@ -280,7 +280,7 @@ def is_known(task_id: str, queue: TaskQueue) -> bool:
 def place(task_id: str, queue: TaskQueue) -> int | None:
     """Return how many tasks are before this one; None if that is not known, for example while Redis is away."""
     try:
-        return queue.ahead(task_id)
+        return None
     except REDIS_ERRORS as error:
         if not is_transient(error):
             raise

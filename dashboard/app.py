@@ -26,7 +26,7 @@ from starlette.staticfiles import StaticFiles
 from ailf.messaging.redis import Client, RedisMessagingError, from_json, reason_of
 from task_streams import NoSuchTask, TaskQueue, keys
 from task_streams.claims import check_id
-from task_streams.log import order
+from task_streams.reader import order
 
 from .hub import Hub
 from .metrics import Metrics

@@ -24,7 +24,7 @@ from redis.exceptions import RedisClusterException, RedisError, SlotNotCoveredEr
 
 from ailf.messaging.redis import Client, blocking_client, explain, is_transient, reason_of, url_of
 from task_streams import Event, keys
-from task_streams.log import START, Cursor, order
+from task_streams.reader import START, Cursor, order
 from task_streams.retrying import delays
 
 BLOCK_MS = 5_000  # of one XREAD; whoever joins does not wait for its end

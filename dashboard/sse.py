@@ -7,7 +7,7 @@ from ag_ui.core import BaseEvent
 
 from task_streams import keys
 from task_streams.claims import check_id
-from task_streams.log import check_cursor, order
+from task_streams.reader import check_cursor, order
 
 from .ag_ui import Mapper
 from .hub import Hub, Item

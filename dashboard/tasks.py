@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ailf.messaging.redis import from_json
 from task_streams import LogReader, NoSuchTask, TaskQueue, keys
 from task_streams.claims import Malformed, parse_element
-from task_streams.leases import WORKER_NAME
+from task_streams.consuming import WORKER_NAME
 
 SNAPSHOT_SECONDS = 0.5  # how old a list may be
 LISTED = 200  # of the next elements, whose place in the queue is told
@@ -203,10 +203,10 @@ class Tasks:
         if key is None:
             return self.get(self._after(self.queue.put(data)).id), True
         task_id = f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        task, is_new = self._after(self.queue.put_once(data, task_id))
+        task = self._after(self.queue.put(data, task_id))
         if task.data != data:
             raise Conflict("that Idempotency-Key was used for another task")
-        return self.get(task_id), is_new
+        return self.get(task_id), task.is_new
 
     def cancel(self, task_id: str, reason: str) -> str:
         """Return "cancelled" or "requested". Raises NoSuchTask; Conflict where the task has ended."""

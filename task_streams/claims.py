@@ -9,19 +9,20 @@ and first event share a call, and so do terminal event and finish. In a Cluster 
 different nodes, and the calls go there one after the other.
 """
 
+import asyncio
 import logging
 import re
 import secrets
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from ailf.messaging.redis import encode, from_json, to_json
 
 from . import keys
 from .log import MAXLEN, TTL_SECONDS, now_text
 from .lua import load
-from .pipeline import AnyPipeline, Call, Together, first_transient
+from .pipeline import AnyPipeline, Call, first_transient
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +33,10 @@ DEAD_LETTERS = 10_000  # kept in `dead`; older ones go
 FINISHED_TASKS = 10_000  # entries kept of `finished`, approximately
 MAX_DATA_BYTES = 1_000_000  # of a task's data as JSON; larger things belong in a file that the task names
 MOST_CLAIMS_ABOVE = 5  # how often an epoch is drawn again because a stream has a later one
+MOST_TOGETHER = 16  # tasks in one call: with more, worker and server would wait for each other instead of overlapping
 
 _ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 DROPPED = {"held": "it runs, or it is not due yet", "done": "a task of that id has ended"}
-First = tuple[str, str, str]  # the first event of an attempt: its name, and its only field and value
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Task:
     cancel_reason: str = ""  # not empty: its cancellation was asked for
     ended: str = ""  # not empty: the stream has this terminal event already, only the record is open
     problem: str = ""  # not empty: why it can never succeed
+    is_new: bool = field(default=True, compare=False)  # False: put() found a task of that id, this one
 
     def __str__(self) -> str:
         return self.id
@@ -109,9 +111,9 @@ def claim_steps(
     worker: str,
     lease_seconds: float,
     is_one_server: bool,
-    first: First | None = None,
+    first: tuple[str, str, str] | None = None,
 ) -> Generator[Call, Any, list[Task | Exception | None]]:
-    """Claim tasks, each with its token, and write the first event of each: `first`, or `started`.
+    """Claim tasks, each with its token, and write the first event of each: `started`, or `first` with its one field.
 
     Each task comes with its data as JSON, or "" if only a known task may be claimed. Yields calls and is sent their
     replies, so that one algorithm serves threads and asyncio. Returns for each task what was claimed; None if its
@@ -123,66 +125,61 @@ def claim_steps(
 
     def claim(some: Sequence[tuple[Task, str]], above: str = "0") -> Call:
         script_keys: list[str] = [keys.LEASES, keys.UNFINISHED, keys.RECENT]
-        args: list[Any] = []
+        args: list[Any] = [
+            1 + is_one_server,
+            worker,
+            int(lease_seconds * 1000),
+            RECENT_TASKS,
+            MAXLEN,
+            timestamp,
+            *first,
+        ]
         for task, text in some:
             script_keys += [keys.record(task.id), keys.stream(task.id)][: 1 + is_one_server]
-            args += [task.id, task.token, text, above]
-        about = [1 + is_one_server, worker, int(lease_seconds * 1000), RECENT_TASKS, MAXLEN, timestamp, *first]
-        return load("claim"), script_keys, [*about, *args]
+            args += (task.id, task.token, text, above)
+        return load("claim"), script_keys, args
 
+    claimed: list[Task | Exception | None] = []
     replies = yield claim(tasks)
     first_transient(replies)
-    claimed: list[Task | Exception | None] = []
     for (task, text), reply in zip(tasks, replies, strict=True):
-        problem = ""
-        for _ in range(MOST_CLAIMS_ABOVE):
-            if not isinstance(reply, Exception) and reply[0] == "claimed" and not is_one_server:
-                attempt = ("attempt", reply[1]) if first[0] == "started" else ()
-                about = [reply[2], reply[5], reply[4], reply[3], reply[8], MAXLEN, timestamp, *first, *attempt]
-                begun = yield load("start"), [keys.stream(task.id)], about
-                if begun[0] == "ok":
-                    reply[3] = begun[1]
-                elif begun[0] == "lost":
-                    [reply] = yield claim([(task, text)], begun[1])
-                    continue
-                else:
-                    reply = begun
-            if isinstance(reply, Exception) or reply[0] != "spoilt":
+        for _ in range(0 if is_one_server else MOST_CLAIMS_ABOVE):
+            if isinstance(reply, Exception) or reply[0] != "claimed":
                 break
-            problem = f"somebody has spoilt its stream ({reply[1]}), which was deleted"
-            [reply] = yield claim([(task, text)])
-        claimed.append(reply if isinstance(reply, Exception) else _claimed(task, reply, problem))
+            attempt = ("attempt", reply[1]) if first[0] == "started" else ()
+            epochs, put_at, lost = reply[9:]
+            about = [reply[2], put_at, epochs, reply[3], lost, MAXLEN, timestamp, *first, *attempt]
+            begun = yield load("start"), [keys.stream(task.id)], about
+            if begun[0] == "lost":  # by its token the task is ours all the same
+                [reply] = yield claim([(task, text)], begun[1])
+                continue
+            if begun[0] == "ok":
+                reply[3], reply[8] = begun[1], begun[3]
+            else:
+                reply = begun
+            break
+        claimed.append(reply if isinstance(reply, Exception) else _claimed(task, reply))
     return claimed
 
 
-def _claimed(task: Task, reply: list[Any], problem: str) -> Task | None:
+def _claimed(task: Task, reply: list[Any]) -> Task | None:
     if reply[0] == "ended":
         return replace(task, ended=reply[1])
     if reply[0] != "claimed":
         logger.info("task %s: dropped an element with its id (%s)", task.id, DROPPED.get(reply[0], reply[0]))
         return None
-    _, attempt, epoch, seq, _, _, failures, losses, _, cancel, text = reply
-    data = task.data
+    _, attempt, epoch, seq, failures, losses, cancel, text, spoilt, *_ = reply
+    data, problem = task.data, f"somebody has spoilt its stream ({spoilt}), which was deleted" if spoilt else ""
     try:
         data = from_json(text) if text else data
     except (ValueError, RecursionError) as error:
         problem = f"the data in its record cannot be read: {error}"
     return Task(
-        id=task.id,
-        data=data,
-        attempt=int(attempt),
-        token=task.token,
-        epoch=epoch,
-        seq=int(seq),
-        failures=int(failures),
-        losses=int(losses),
-        cancel_reason=cancel,
-        problem=problem,
+        task.id, data, int(attempt), task.token, epoch, int(seq), int(failures), int(losses), cancel, problem=problem
     )
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """How a task ended. With `entry_id` and `fields`, finish.lua writes the terminal event too."""
 
     task: Task
@@ -195,16 +192,13 @@ class End:
 def finish_call(ends: Sequence[End], is_one_server: bool) -> Call:
     """Return the call that closes records; the reply has for each task 1, 0 (the lease is lost) or an error."""
     script_keys = [keys.LEASES, keys.UNFINISHED, keys.TOTALS, keys.FINISHED, keys.DEAD]
-    args: list[Any] = []
-    for end in ends:
-        task, letter = end.task, ""
-        if end.event == "failed":
-            letter = dead_letter(task.id, task.data, end.result, task.attempt)
+    args: list[Any] = [1 + is_one_server, RECORD_TTL_SECONDS * 1000, TTL_SECONDS * 1000, MAXLEN]
+    args += (DEAD_LETTERS, FINISHED_TASKS)
+    for task, event, result, entry_id, fields in ends:
+        letter = dead_letter(task.id, task.data, result, task.attempt) if event == "failed" else ""
         script_keys += [keys.record(task.id), keys.stream(task.id)][: 1 + is_one_server]
-        args += [task.id, task.token, end.event, to_json(end.result), letter, encode(task.id)]
-        args += [end.entry_id, len(end.fields), *end.fields]
-    about = [1 + is_one_server, RECORD_TTL_SECONDS * 1000, TTL_SECONDS * 1000, MAXLEN, DEAD_LETTERS, FINISHED_TASKS]
-    return load("finish"), script_keys, [*about, *args]
+        args += (task.id, task.token, event, to_json(result), letter, encode(task.id), entry_id, len(fields), *fields)
+    return load("finish"), script_keys, args
 
 
 def release_call(task: Task, delay_seconds: float | None = None, is_lost: bool = False) -> Call:
@@ -219,15 +213,12 @@ def dead_letter(task_id: str, data: Any, reason: Any, attempts: int) -> str:
     return to_json({"id": task_id, "data": data, "reason": reason, "attempts": attempts})
 
 
-# -- the asyncio side -------------------------------------------------------------------------------------------
-
-
 class Claims:
-    """The claims of one worker. Its methods raise redis-py's errors while Redis is away: then repeat them."""
+    """The claims of one worker, for asyncio. They raise redis-py's errors while Redis is away: then repeat them."""
 
     def __init__(self, pipe: AnyPipeline, worker: str, lease_seconds: float = LEASE_SECONDS) -> None:
         self.pipe, self.worker, self.lease_seconds = pipe, worker, lease_seconds
-        self._finish = Together(self._finish_many)
+        self._ends: list[tuple[End, asyncio.Future[bool]]] = []  # of this turn of the event loop
 
     async def claim(self, elements: Sequence[tuple[bytes, str]]) -> list[Task]:
         """Claim the tasks of popped elements, each with a token of its own; return those that are ours now.
@@ -235,49 +226,63 @@ class Claims:
         Left out: copies of tasks that are held or have ended, and malformed elements, which go to `dead`. To repeat a
         claim pass the same tokens.
         """
-        found = [parsed for element, token in elements if (parsed := await self._parse(element, token)) is not None]
+        found = []
+        for element, token in elements:
+            try:
+                task = parse_element(element, token)
+                found.append((task, to_json(task.data)))
+            except ValueError as error:  # Malformed, or nested deeper than Python can write
+                await self._bury(element, str(error))
         if not found:
             return []
-        claimed: list[Task] = []
         steps = claim_steps(found, self.worker, self.lease_seconds, self.pipe.is_one_server)
+        call = next(steps)
         try:
-            call = next(steps)
             while True:
                 call = steps.send(await self.pipe.run(call))
         except StopIteration as done:
-            for task in done.value:
-                if isinstance(task, Exception):
-                    logger.error("a task was left to its lease: %s", task)
-                elif task is not None:
-                    claimed.append(task)
-        return claimed
+            claimed: list[Task | Exception | None] = done.value
+        for problem in [one for one in claimed if isinstance(one, Exception)]:
+            logger.error("a task was left to its lease: %s", problem)
+        return [task for task in claimed if isinstance(task, Task)]
 
-    async def _parse(self, element: bytes, token: str) -> tuple[Task, str] | None:
+    async def _bury(self, element: bytes, reason: str) -> None:
+        logger.warning("an element of %s is not a task: %s; it is in %s now", keys.QUEUE, reason, keys.DEAD)
+        text = element[:MAX_DATA_BYTES].decode(errors="backslashreplace")
+        await self.pipe.call("LPUSH", keys.DEAD, to_json({"reason": reason, "element": text, "bytes": len(element)}))
+        await self.pipe.call("LTRIM", keys.DEAD, 0, DEAD_LETTERS - 1)
+
+    async def finish(self, task: Task, event: str, result: Any, entry_id: str = "", fields: Sequence[str] = ()) -> bool:
+        """Close a task's record. With `entry_id` on one server, write its terminal event too. False: lease lost.
+
+        The ends of one turn of the event loop share a call. Whoever comes first sends it, so it must not be cancelled.
+        """
+        end = End(task, event, result, entry_id, fields)
+        if not (entry_id and self.pipe.is_one_server):  # the stream has its end, and may be on another node
+            await self.pipe.call("PEXPIRE", keys.stream(task.id), TTL_SECONDS * 1000)
+            [reply] = await self.pipe.run(finish_call([end], is_one_server=False))
+            if isinstance(reply, Exception):
+                raise reply
+            return bool(reply)
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._ends.append((end, done))
+        if len(self._ends) == 1:
+            await asyncio.sleep(0)
+            ends, self._ends = self._ends, []
+            batches = [ends[at : at + MOST_TOGETHER] for at in range(0, len(ends), MOST_TOGETHER)]
+            await asyncio.gather(*map(self._finish_all, batches))
+        return await done
+
+    async def _finish_all(self, ends: list[tuple[End, "asyncio.Future[bool]"]]) -> None:
         try:
-            task = parse_element(element, token)
-            return task, to_json(task.data)
-        except ValueError as error:  # Malformed, or nested deeper than Python can write
-            logger.warning("an element of %s is not a task: %s; it is in %s now", keys.QUEUE, error, keys.DEAD)
-            text = element[:MAX_DATA_BYTES].decode(errors="backslashreplace")
-            await self.pipe.call(
-                "LPUSH", keys.DEAD, to_json({"reason": str(error), "element": text, "bytes": len(element)})
-            )
-            await self.pipe.call("LTRIM", keys.DEAD, 0, DEAD_LETTERS - 1)
-            return None
-
-    async def finish(self, end: End) -> bool:
-        """Close a task's record. On one server its terminal event is written in the same call. False: lease lost."""
-        if end.entry_id and self.pipe.is_one_server:
-            return bool(await self._finish(end))
-        # the stream has its end already, and may be on another node
-        await self.pipe.call("PEXPIRE", keys.stream(end.task.id), TTL_SECONDS * 1000)
-        [reply] = await self.pipe.run(finish_call([end], is_one_server=False))
-        if isinstance(reply, Exception):
-            raise reply
-        return bool(reply)
-
-    async def _finish_many(self, ends: list[End]) -> list[Any]:
-        return list(await self.pipe.run(finish_call(ends, is_one_server=True)))
+            replies = await self.pipe.run(finish_call([end for end, _ in ends], is_one_server=True))
+        except Exception as error:  # whatever it is, everybody who waits gets it
+            replies = [error] * len(ends)
+        for (_, done), reply in zip(ends, replies, strict=True):
+            if isinstance(reply, Exception):
+                done.set_exception(reply)
+            else:
+                done.set_result(bool(reply))
 
     async def release(self, task: Task, delay_seconds: float | None = None, is_lost: bool = False) -> bool:
         """Hand a task back, to be popped next; or with a delay count a failure and let it rest. False: lease lost.

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import hiredis
 from redis.asyncio import RedisCluster
@@ -25,11 +25,8 @@ from .retrying import delays
 logger = logging.getLogger(__name__)
 
 MOST_UNSENT_BYTES = 16 * 1024 * 1024  # then `ready()` waits: what nobody can send must not fill the memory
-MOST_TOGETHER = 16  # tasks in one call: with more, worker and server would wait for each other instead of overlapping
 
 Call = tuple[Script, Sequence[str], Sequence[Any]]  # a script, its keys, its arguments
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Pipeline(asyncio.Protocol):
@@ -233,41 +230,3 @@ def first_transient(replies: Sequence[Any]) -> None:
     for reply in replies:
         if isinstance(reply, ResponseError) and is_transient(reply):
             raise reply
-
-
-class Together(Generic[T, R]):
-    """Collect the items of one turn of the event loop for one call: `send` gets them all and returns a result each."""
-
-    def __init__(self, send: Callable[[list[T]], Awaitable[list[R]]]) -> None:
-        self._send = send
-        self._items: list[tuple[T, asyncio.Future[R]]] = []
-        self._calls: set[asyncio.Task[None]] = set()
-
-    def __call__(self, item: T) -> "asyncio.Future[R]":
-        """Return a future of this item's result, or of the error that the call raises."""
-        loop = asyncio.get_running_loop()
-        if not self._items:
-            loop.call_soon(self._flush)
-        future: asyncio.Future[R] = loop.create_future()
-        self._items.append((item, future))
-        return future
-
-    def _flush(self) -> None:
-        items, self._items = self._items, []
-        for at in range(0, len(items), MOST_TOGETHER):
-            task = asyncio.create_task(self._call(items[at : at + MOST_TOGETHER]))
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
-
-    async def _call(self, items: list[tuple[T, asyncio.Future[R]]]) -> None:
-        try:
-            results: list[Any] = await self._send([item for item, _ in items])
-        except Exception as error:  # whatever it is, every waiter gets it
-            results = [error] * len(items)
-        for (_, future), result in zip(items, results, strict=True):
-            if future.done():
-                continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)

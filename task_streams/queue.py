@@ -8,12 +8,14 @@ Every change is one script on keys of one slot, and repeating it changes nothing
 lost. Only BRPOP cannot be repeated: if nobody claims a popped task, recover finds it in the ledger.
 """
 
+import functools
 import itertools
 import logging
 import re
-import threading
+import secrets
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -39,9 +41,10 @@ from .claims import (
     new_token,
     parse_element,
 )
-from .log import MAX_ERROR_CHARS, TTL_SECONDS, LogReader
+from .log import MAX_ERROR_CHARS, TTL_SECONDS
 from .lua import load
 from .pipeline import Call, first_transient, run
+from .reader import LogReader
 from .retrying import repeat
 
 logger = logging.getLogger(__name__)
@@ -61,11 +64,14 @@ MOST_IDS = 100  # drawn at one time for tasks that are put one by one
 WAIT_MS = 1_000  # for replicas to have a put, before it is repeated; shorter than the socket waits
 PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
 
-_REQUEUED = re.compile(r"\.r[0-9]+$")  # the end of a requeued task's id
+_REQUEUED = re.compile(r"\.r([0-9]+)$")  # the end of a requeued task's id
 
 
 class NoSuchTask(LookupError):
     """No task of that id is known: it was never put, or it finished long ago."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"no task {task_id}: it was never put, or it finished long ago")
 
 
 class TaskQueue:
@@ -83,8 +89,7 @@ class TaskQueue:
         if wait_replicas and isinstance(self.redis, RedisCluster):
             raise ValueError("wait_replicas is for one master and its replicas, not for a cluster")
         self._ids: deque[str] = deque()  # drawn from the counter, and not used yet
-        self._ids_lock = threading.Lock()
-        self._put_before = 0  # tasks without an id of one's own
+        self._drawn = 0
 
     @cached_property
     def _raw(self) -> Client:
@@ -110,34 +115,41 @@ class TaskQueue:
     def put(self, data: Any, id: str | None = None, delay_seconds: float = 0) -> Task:
         """Put a task: when this returns, the task will reach a terminal event. Atomic.
 
-        With an id of one's own the put is idempotent: a second put of that id returns the first task and queues
-        nothing. Ids of digits only belong to the counter. With a delay the task waits in the leases until it is due.
-        Raises ValueError or TypeError if data is not JSON or over MAX_DATA_BYTES, ValueError for an impossible delay,
-        and redis-py's errors if Redis stays away.
+        With an id of one's own the put is idempotent: a second put of that id returns the first task, whose `is_new` is
+        False, and queues nothing. Ids of digits only belong to the counter. With a delay the task waits in the leases
+        until it is due. Raises ValueError or TypeError if data is not JSON or over MAX_DATA_BYTES, ValueError for an
+        impossible delay, and redis-py's errors if Redis stays away.
         """
-        if id is not None:
-            return self.put_once(data, id, delay_seconds)[0]
-        return self._put_new([_check_data(data)], delay_seconds)[0]
+        [task] = self.put_many([data], delay_seconds, None if id is None else [_check_own_id(id)])
+        return task
 
-    def put_once(self, data: Any, id: str, delay_seconds: float = 0) -> tuple[Task, bool]:
-        """Put a task with an id of one's own, as put() does; return the task of that id, and whether it is new."""
-        return self._put_as(_check_own_id(id), _check_data(data), delay_seconds)
+    def put_many(self, items: Iterable[Any], delay_seconds: float = 0, ids: Sequence[str] | None = None) -> list[Task]:
+        """Put tasks, PUT_BATCH in one call, with one INCRBY for their ids; return them in the order of the queue.
 
-    def put_many(self, items: Iterable[Any], delay_seconds: float = 0) -> list[Task]:
-        """Put tasks in order, PUT_BATCH in one call, with one INCRBY for their ids. Each task is put as a whole, the
-        batch is not: if an error is raised, the tasks before it may have been put."""
-        return [task for batch in _batches(map(_check_data, items)) for task in self._put_new(batch, delay_seconds)]
-
-    def _put_new(self, batch: list[str], delay_seconds: float = 0) -> list[Task]:
-        ids = self._draw_ids(len(batch))
-        created, tries = self._run_put(ids, batch, delay_seconds)
-        tasks = []
-        for task_id, data, new in zip(ids, batch, created, strict=True):
-            while not (new or (tries > 1 and self._is_put(task_id, data))):  # or by a try whose reply was lost
-                self._ids.clear()  # somebody pushed that number by hand, or the counter was lost
-                [task_id] = self._draw_ids(1)
-                [new], tries = self._run_put([task_id], [data], delay_seconds)
-            tasks.append(Task(task_id, from_json(data)))
+        Each task is put as a whole, the batch is not: if an error is raised, the tasks before it may have been put.
+        """
+        if not 0 <= delay_seconds <= LONGEST_DELAY_SECONDS:
+            raise ValueError(f"a delay of {delay_seconds:g} s is not between 0 and {LONGEST_DELAY_SECONDS:,}")
+        send = self._run_and_wait if self.wait_replicas else functools.partial(run, self.redis)
+        tasks: list[Task] = []
+        for batch in _batches(map(_check_data, items)):
+            while batch:
+                names = ids or self._draw_ids(len(batch))
+                script_keys = [keys.QUEUE, keys.LEASES, keys.UNFINISHED, keys.RECENT, *map(keys.record, names)]
+                args: list[Any] = [RECENT_TASKS, int(delay_seconds * 1000), secrets.token_hex(8)]
+                for task_id, data in zip(names, batch, strict=True):
+                    args += (task_id, id_json(task_id), data)
+                put = load("put"), script_keys, args
+                known = repeat(functools.partial(send, put), self.patience_seconds)
+                batch, done = [], zip(names, batch, known, strict=True)
+                for task_id, data, found in done:
+                    if isinstance(found, Exception) and ids:
+                        raise found
+                    if found == "" or ids:
+                        tasks.append(Task(task_id, from_json(found or data), is_new=found == ""))
+                    else:  # somebody pushed that number by hand, or the counter was lost: take another one
+                        batch.append(data)
+                        self._ids.clear()
         return tasks
 
     def _draw_ids(self, count: int) -> list[str]:
@@ -145,59 +157,26 @@ class TaskQueue:
 
         A block is a tenth of what this queue has put before, so that gaps in the numbers stay rare.
         """
-        with self._ids_lock:
-            self._put_before += count
-            if len(self._ids) >= count:
-                return [self._ids.popleft() for _ in range(count)]
-            drawn = max(count, min(self._put_before // 10, MOST_IDS) if count == 1 else 0)
-        # subtle: without the lock, since others must not wait one after the other while Redis is silent
-        last = int(repeat(lambda: self.redis.incrby(keys.COUNTER, drawn), self.patience_seconds))
-        ids = [str(number) for number in range(last - drawn + 1, last + 1)]
-        with self._ids_lock:
-            self._ids += ids[count:]
+        self._drawn += count
+        if count == 1:
+            with suppress(IndexError):
+                return [self._ids.popleft()]  # subtle: a deque is thread-safe
+        block = max(count, min(self._drawn // 10, MOST_IDS))
+        last = int(repeat(lambda: self.redis.incrby(keys.COUNTER, block), self.patience_seconds))
+        ids = [str(number) for number in range(last - block + 1, last + 1)]
+        self._ids += ids[count:]
         return ids[:count]
 
-    def _is_put(self, task_id: str, data: str) -> bool:
-        return bool(repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds) == data)
-
-    def _put_as(self, task_id: str, data: str, delay_seconds: float = 0) -> tuple[Task, bool]:
-        """Put under an id; return the task of that id, and whether it is new."""
-        [is_new], tries = self._run_put([task_id], [data], delay_seconds)
-        if is_new:
-            return Task(task_id, from_json(data)), True
-        first = repeat(lambda: self.redis.hget(keys.record(task_id), "data"), self.patience_seconds)
-        if first is None:  # it expired between the two commands
-            return self._put_as(task_id, data, delay_seconds)
-        return Task(task_id, from_json(first)), tries > 1 and first == data  # put by a try whose reply was lost
-
-    def _run_put(self, ids: list[str], batch: list[str], delay_seconds: float) -> tuple[list[int], int]:
-        """Run put.lua; return its reply, and how many tries it took."""
-        if not 0 <= delay_seconds <= LONGEST_DELAY_SECONDS:
-            raise ValueError(f"a delay of {delay_seconds:g} s is not between 0 and {LONGEST_DELAY_SECONDS:,}")
-        args: list[Any] = [RECENT_TASKS, int(delay_seconds * 1000)]
-        for task_id, data in zip(ids, batch, strict=True):
-            args += (task_id, id_json(task_id), data)
-        fixed = [keys.QUEUE, keys.LEASES, keys.UNFINISHED, keys.RECENT]
-        call = load("put"), [*fixed, *map(keys.record, ids)], args
-        tries = 0
-
-        def put() -> list[int]:
-            nonlocal tries
-            tries += 1
-            return list(self._put_and_wait(call) if self.wait_replicas else run(self.redis, call))
-
-        return repeat(put, self.patience_seconds), tries
-
-    def _put_and_wait(self, call: Call) -> list[int]:
+    def _run_and_wait(self, call: Call) -> Any:
         script, script_keys, args = call
         with self.redis.pipeline(transaction=False) as pipe:  # WAIT is for what its own connection has written
             pipe.eval(script.source, len(script_keys), *script_keys, *args)
             pipe.incrby(keys.COUNTER, 0)  # subtle: a repeated put writes nothing, so WAIT would wait for nothing
             pipe.wait(self.wait_replicas, WAIT_MS)
-            created, _, replicas = pipe.execute()
+            reply, _, replicas = pipe.execute()
         if replicas < self.wait_replicas:
             raise NotInTime(f"{replicas} of {self.wait_replicas} replicas have the task")
-        return list(created)
+        return reply
 
     # -- keeping ------------------------------------------------------------------------------------------------
 
@@ -221,19 +200,18 @@ class TaskQueue:
         With at_most_every_ms it does nothing if anybody has looked so recently: one worker's look is enough for all.
         """
         script_keys = [keys.QUEUE, keys.LEASES, keys.UNFINISHED, keys.AUDITED]
-        ids = self._run((load("audit"), script_keys, [AUDIT_GRACE_MS, AUDIT_LIMIT, at_most_every_ms]))
-        return sum(map(self._push_again, ids))
-
-    def _push_again(self, task_id: str) -> int:
-        script_keys = [keys.QUEUE, keys.record(task_id), keys.LEASES, keys.UNFINISHED]
-        try:
-            pushed = self._run((load("recover"), script_keys, [task_id, id_json(task_id), AUDIT_LIST, AUDIT_AGAIN_MS]))
-        except ResponseError as error:
-            if is_transient(error):
-                raise
-            logger.error("task %s was left as it is: %s", task_id, error)  # its keys are spoilt; others need not suffer
-            return 0
-        return int(pushed)
+        pushed = 0
+        for task_id in self._run((load("audit"), script_keys, [AUDIT_GRACE_MS, AUDIT_LIMIT, at_most_every_ms])):
+            task_keys = [keys.QUEUE, keys.record(task_id), keys.LEASES, keys.UNFINISHED]
+            try:
+                pushed += self._run(
+                    (load("recover"), task_keys, [task_id, id_json(task_id), AUDIT_LIST, AUDIT_AGAIN_MS])
+                )
+            except ResponseError as error:
+                if is_transient(error):
+                    raise
+                logger.error("task %s was left as it is: %s", task_id, error)  # its keys are spoilt; others go on
+        return pushed
 
     # -- steering and looking -----------------------------------------------------------------------------------
 
@@ -243,34 +221,35 @@ class TaskQueue:
         Raises NoSuchTask, or ValueError if the task has ended.
         """
         reason = (reason or "cancelled")[:MAX_ERROR_CHARS]
-        asked = load("cancel"), [keys.record(task_id), keys.LEASES], [task_id, reason, keys.CANCEL_CHANNEL]
-        status = self._run(asked)
+        status = self._run(
+            (load("cancel"), [keys.record(task_id), keys.LEASES], [task_id, reason, keys.CANCEL_CHANNEL])
+        )
         if status is None:
-            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
-        if status in keys.TERMINAL:
-            raise ValueError(f"task {task_id} has ended already: {status}")
+            raise NoSuchTask(task_id)
         if status == "running":
             return "requested"
-        first = ("cancelled", "reason", encode(reason))
-        is_one_server = not isinstance(self.redis, RedisCluster)
-        steps = claim_steps([(Task(task_id, None, token=new_token()), "")], "", LEASE_SECONDS, is_one_server, first)
-        try:
+        if status not in keys.TERMINAL:
+            first = ("cancelled", "reason", encode(reason))
+            is_one_server = not isinstance(self.redis, RedisCluster)
+            steps = claim_steps([(Task(task_id, None, token=new_token()), "")], "", LEASE_SECONDS, is_one_server, first)
             call = next(steps)
-            while True:
-                call = steps.send(self._run(call))
-        except StopIteration as done:
-            [task] = done.value
-        if isinstance(task, Exception):
-            raise task
-        if task is None:  # a worker was quicker; it finds in the record that the end was asked for
-            return "requested"
-        outcome, result = ending_of(LogReader(task_id, self.redis)) or ("cancelled", reason)
-        self.redis.pexpire(keys.stream(task_id), TTL_SECONDS * 1000)
-        self._run(finish_call([End(task, outcome, result)], is_one_server=False))
-        self.unlist(task_id)
-        if outcome != "cancelled":
-            raise ValueError(f"task {task_id} has ended already: {outcome}")
-        return "cancelled"
+            try:
+                while True:
+                    call = steps.send(self._run(call))
+            except StopIteration as done:
+                [task] = done.value
+            if isinstance(task, Exception):
+                raise task
+            if task is None:  # a worker was quicker; it finds in the record that the end was asked for
+                return "requested"
+            status, result = ending_of(LogReader(task_id, self.redis)) or ("cancelled", reason)
+            self.redis.pexpire(keys.stream(task_id), TTL_SECONDS * 1000)
+            self._run(finish_call([End(task, status, result)], is_one_server=False))
+            if data := self.redis.hget(keys.record(task_id), "data"):  # subtle: its element must not outlive the record
+                self.redis.lrem(keys.QUEUE, -1, f'{{"id": {id_json(task_id)}, "data": {data}}}')
+            if status == "cancelled":
+                return "cancelled"
+        raise ValueError(f"task {task_id} has ended already: {status}")
 
     def requeue_dead(self, only: Collection[str] | None = None) -> tuple[list[tuple[str, Task]], int]:
         """Put every dead task again, or `only` those of some ids. Return the pairs (old id, new task), and how many
@@ -284,7 +263,8 @@ class TaskQueue:
         for _ in range(-(-self.redis.llen(keys.DEAD) // REQUEUE_PAGE)):
             for letter in reversed(self._raw.lrange(keys.DEAD, -REQUEUE_PAGE - left, -1 - left)):
                 try:
-                    task_id, data = _task_in(letter)
+                    content = from_json(letter.decode())
+                    task_id, data = check_id(content["id"]), content["data"]
                     if only is not None and task_id not in only:
                         left += 1
                         continue
@@ -299,7 +279,7 @@ class TaskQueue:
         """Put one dead task again, as requeue_dead() does. Raises NoSuchTask, or ValueError if it has not failed."""
         record = self.get(task_id)
         if record is None:
-            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
+            raise NoSuchTask(task_id)
         if record["status"] != "failed":
             raise ValueError(f"task {task_id} has not failed: {record['status']}")
         task = self._put_again(task_id, record["data"])
@@ -307,13 +287,12 @@ class TaskQueue:
         return task
 
     def _put_again(self, old: str, data: Any) -> Task:
-        run = _REQUEUED.search(old)
-        base, number = (old[: run.start()], int(run[0][2:]) + 1) if run else (old, 2)
-        task, new = self._put_as(check_id(f"{base}.r{number}"), _check_data(data))
-        while not new and task.data != data:  # somebody pushed that id by hand
+        base, number = (old[: found.start()], int(found[1])) if (found := _REQUEUED.search(old)) else (old, 1)
+        while True:
             number += 1
-            task, new = self._put_as(f"{base}.r{number}", _check_data(data))
-        return task
+            [task] = self.put_many([data], ids=[check_id(f"{base}.r{number}")])
+            if task.is_new or task.data == data:  # else somebody pushed that id by hand
+                return task
 
     def get(self, task_id: str) -> dict[str, Any] | None:
         """Return a task's record, decoded: data, status, attempts, failures, worker, put_at (ms) …; None if none."""
@@ -329,30 +308,12 @@ class TaskQueue:
         values.update({name: from_json(record[name]) for name in ("data", "result") if name in record})
         return values
 
-    def ahead(self, task_id: str, within: int = 10_000) -> int | None:
-        """Return how many waiting tasks are popped before this one; None if it isn't among the next `within`."""
-        element = self._element(task_id)
-        place = self.redis.lpos(keys.QUEUE, element, rank=-1, maxlen=within) if element else None
-        return None if place is None else int(self.redis.llen(keys.QUEUE)) - 1 - int(place)
-
-    def _element(self, task_id: str) -> str | None:
-        """Return the list element of a task that was put, as put.lua writes it."""
-        data = self.redis.hget(keys.record(task_id), "data")
-        return None if data is None else f'{{"id": {id_json(task_id)}, "data": {data}}}'
-
-    def unlist(self, task_id: str) -> bool:
-        """Remove the element of a task that ended while it waited: it must not outlive the task's record. O(length)."""
-        element = self._element(task_id)
-        return bool(element and self.redis.lrem(keys.QUEUE, -1, element))
-
     def is_listed(self, task_id: str, within: int = 1_000) -> bool:
         """Say whether one of the next `within` elements has that id: this finds tasks that were pushed by hand."""
         for element in self.next_elements(within):
-            try:
+            with suppress(Malformed):  # the worker that pops it reports it
                 if parse_element(element).id == task_id:
                     return True
-            except Malformed:
-                continue  # the worker that pops it reports it
         return False
 
     def next_elements(self, count: int) -> list[bytes]:
@@ -424,24 +385,8 @@ def _check_data(data: Any) -> str:
         raise ValueError(
             f"the task's data has {size:,} bytes; the limit is {MAX_DATA_BYTES:,} (put them in a file that it names)"
         )
-    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(data):
-        raise ValueError(f"the task's data is nested too deep; the limit is {MAX_DEPTH}")
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", text)  # without texts, which may hold brackets
+        if max(itertools.accumulate(1 if one in "[{" else -1 for one in brackets)) > MAX_DEPTH:
+            raise ValueError(f"the task's data is nested too deep; the limit is {MAX_DEPTH}")
     return text
-
-
-def _is_deep(data: Any) -> bool:
-    level = [data]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for value in level
-            if isinstance(value, dict | list | tuple)
-            for child in (value.values() if isinstance(value, dict) else value)
-        ]
-    return any(isinstance(value, dict | list | tuple) for value in level)
-
-
-def _task_in(letter: bytes) -> tuple[str, Any]:
-    """Return id and data of the task in a dead letter. Raises one of several errors if it holds none."""
-    content = from_json(letter.decode())
-    return check_id(content["id"]), content["data"]

@@ -21,7 +21,7 @@ from ailf.messaging.redis import REDIS_ERRORS, Client, is_transient, reason_of, 
 from . import keys
 from .claims import Malformed, parse_element
 from .cli import printable
-from .leases import WORKER_NAME
+from .consuming import WORKER_NAME
 
 REFRESH_SECONDS = 1.0  # of the live table
 MOST_LEASES = 10_000  # tasks that run or rest whose records one look reads; the rest is counted

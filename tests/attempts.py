@@ -1,10 +1,9 @@
 """Attempts for the tests to drive by hand: claims and logs as a worker has them, without its loop."""
 
 import asyncio
-import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -13,8 +12,7 @@ from redis.asyncio import RedisCluster
 
 from ailf.messaging.redis import connect, connect_async
 from task_streams import BlockingLog, LogReader, Task, TaskLog, TaskQueue, keys
-from task_streams.claims import Claims, End, new_token
-from task_streams.log import Lease
+from task_streams.claims import Claims, new_token
 from task_streams.pipeline import ClusterPipeline, Pipeline
 
 T = TypeVar("T")
@@ -32,11 +30,7 @@ class Attempts:
         return task, self.log_of(task)
 
     def log_of(self, task: Task) -> TaskLog:
-        lease = Lease(time.monotonic() + self.claims.lease_seconds)
-        return TaskLog(task.id, task.epoch, task.seq, lease, self.pipe, functools.partial(self._finish, task))
-
-    async def _finish(self, task: Task, event: str, result: Any, entry_id: str, fields: list[str]) -> bool:
-        return await self.claims.finish(End(task, event, result, entry_id, fields))
+        return TaskLog(task, self.claims, time.monotonic() + self.claims.lease_seconds)
 
 
 @asynccontextmanager
@@ -88,7 +82,7 @@ class Hand:
 
     def finish(self, task: Task, outcome: str, result: Any) -> bool:
         """Close a task's record, whatever its stream says."""
-        return self._do(self._claims.finish(End(task, outcome, result)))
+        return self._do(self._claims.finish(task, outcome, result))
 
     def release(self, task: Task, delay_seconds: float | None = None) -> bool:
         return self._do(self._claims.release(task, delay_seconds))
@@ -106,8 +100,9 @@ class Writer:
         self._thread.start()
         self._context = attempts(url)
         self._worker = self._do(self._context.__aenter__())
-        lease, epoch = Lease(time.monotonic() + 3600), str(int(time.time() * 1000))
-        self._log = TaskLog(task_id, epoch, 0, lease, self._worker.pipe, self._end)
+        self._worker.claims.finish = self._end  # type: ignore[method-assign]
+        task = Task(task_id, None, epoch=str(int(time.time() * 1000)))
+        self._log = TaskLog(task, self._worker.claims, time.monotonic() + 3600)
 
     def add(self, event: str, /, **fields: Any) -> str:
         """Append an event of any name."""
@@ -119,7 +114,7 @@ class Writer:
     def _do(self, step: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(step, self._loop).result(60)
 
-    async def _end(self, event: str, result: Any, entry_id: str, fields: list[str]) -> bool:
+    async def _end(self, task: Task, event: str, result: Any, entry_id: str = "", fields: Sequence[str] = ()) -> bool:
         return bool(await self._worker.pipe.call("XADD", keys.stream(self.reader.task_id), entry_id, *fields))
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from task_streams import BlockingLog, PermanentFailure, Task, TaskLog, leases, run_worker
 from task_streams.cli import add_worker_arguments, run, worker_options
+from task_streams.consuming import Consumer
 
 
 class Journal:
@@ -83,10 +84,50 @@ def make_blocking_handler(journal: Journal) -> Any:
     return handle
 
 
-def fault(name: str) -> None:
-    """Kill this process here if a test asked for it by $TASK_STREAMS_FAULT, as kill -9 would."""
-    if os.environ.get("TASK_STREAMS_FAULT") == name:
-        os.kill(os.getpid(), signal.SIGKILL)
+def with_faults(handler: Any) -> Any:
+    """Return the handler, and see to it that the worker dies at the step that $TASK_STREAMS_FAULT names, as by kill -9.
+
+    Steps: popped, claimed, started, handled, error, and the terminal events.
+    """
+    point = os.environ.get("TASK_STREAMS_FAULT")
+    if point is None:
+        return handler
+    claim_all, add_always, end = Consumer.claim_all, TaskLog.add_always, TaskLog.end
+
+    def reached(name: str) -> None:
+        if name == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def claim_or_die(self: Consumer, elements: Any) -> Any:
+        reached("popped")
+        jobs = await claim_all(self, elements)
+        if jobs:
+            reached("claimed")
+        return jobs
+
+    async def add_and_die(self: TaskLog, event: str, /, **fields: Any) -> str:
+        entry_id = await add_always(self, event, **fields)
+        reached(event)
+        return entry_id
+
+    async def end_and_die(self: TaskLog, event: str, result: Any, /, **fields: Any) -> None:
+        await end(self, event, result, **fields)
+        reached(event)
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        reached("started")
+        try:
+            return await handler(task, log)
+        finally:
+            reached("handled")
+
+    for owner, name, method in (
+        (Consumer, "claim_all", claim_or_die),
+        (TaskLog, "add_always", add_and_die),
+        (TaskLog, "end", end_and_die),
+    ):
+        setattr(owner, name, method)
+    return handle
 
 
 def main() -> int:
@@ -101,7 +142,7 @@ def main() -> int:
     leases.SILENT_LOOP_SECONDS = args.silent_loop
     handler = (make_blocking_handler if args.blocking else make_handler)(Journal(args.journal))
     options = {"max_attempts": args.max_attempts, "backoff_seconds": args.backoff, **worker_options(args)}
-    return run_worker(handler, fault=fault, **options)
+    return run_worker(with_faults(handler), **options)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from redis import Redis
 from ailf.messaging.redis import to_json
 from task_streams import LogReader, Task, TaskQueue, keys
 from task_streams.claims import End, claim_steps, finish_call, new_token, parse_element, release_call
-from task_streams.log import TTL_SECONDS, entry_fields, order
+from task_streams.log import TTL_SECONDS, entry_fields
 from task_streams.pipeline import run
+from task_streams.reader import order
 
 
 class Stream(LogReader):

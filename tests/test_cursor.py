@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from task_streams.log import START, Cursor, Event, order
+from task_streams.reader import START, Cursor, Event, order
 
 MAX = f"{2**64 - 1}-{2**64 - 1}"
 

@@ -15,7 +15,8 @@ from redis import Redis
 from task_streams import Event, LeaseLost, LogReader, StreamEnded, TaskCancelled, TaskQueue, keys
 from task_streams import claims as claims_module
 from task_streams import log as log_module
-from task_streams.log import MAX_EVENT_BYTES, TTL_SECONDS, check_cursor, seq_of
+from task_streams.log import MAX_EVENT_BYTES, TTL_SECONDS
+from task_streams.reader import check_cursor, seq_of
 
 Write = Callable[[Server], Writer]
 
@@ -145,7 +146,7 @@ def test_lease_that_is_over_by_ones_own_clock_is_not_believed(url: str, queue: T
     async def test() -> None:
         async with attempts(url) as worker:
             _, log = await worker.claim(popped(redis))
-            log.lease.deadline = time.monotonic() - 1
+            log.deadline = time.monotonic() - 1
             with pytest.raises(LeaseLost, match="is over"):
                 await log.add("progress", percent=1)
             with pytest.raises(LeaseLost, match="is over"):

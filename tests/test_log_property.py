@@ -27,9 +27,9 @@ from attempts import Attempts, attempts, end_lease, popped
 from history import History, Put, Step, check
 
 from task_streams import LeaseLost, LogReader, StreamEnded, Task, TaskLog, TaskQueue, keys
-from task_streams.claims import End, new_token
-from task_streams.log import order
+from task_streams.claims import new_token
 from task_streams.queue import ending_of
+from task_streams.reader import order
 
 EXAMPLES, STEPS = (1000, 60) if os.environ.get("CHAOS") else (150, 40)
 PHASES = (Phase.generate, Phase.shrink) if os.environ.get("CHAOS") else (Phase.generate,)
@@ -122,7 +122,7 @@ class LogMachine(RuleBasedStateMachine):
             if task.ended:
                 ending = ending_of(LogReader(ID, self.redis))
                 assert ending is not None
-                assert self.do(self.workers[n].claims.finish(End(task, *ending)))
+                assert self.do(self.workers[n].claims.finish(task, *ending))
                 return
             self.held[n] = Held(task, self.workers[n].log_of(task))
             self.write(task, "begin")
@@ -215,7 +215,7 @@ class LogMachine(RuleBasedStateMachine):
     def lose_faith(self, n: int) -> None:
         """A worker's own clock says that its lease is over."""
         if (held := self.held[n]) is not None:
-            held.log.lease.is_lost = True
+            held.log.is_lost = True
 
     # -- the rest of the world ----------------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ class LogMachine(RuleBasedStateMachine):
             return
         for held in self.held:  # what they have under way is settled
             if held is not None:
-                held.log.lease.is_lost = True
+                held.log.is_lost = True
         for _ in range(MOST_CLAIMS):
             if self.redis.hget(keys.record(ID), "status") in keys.TERMINAL:
                 break

@@ -19,7 +19,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
 from ailf.messaging.redis import connect_async
 from task_streams import pipeline as pipeline_module
 from task_streams.lua import Script
-from task_streams.pipeline import MOST_TOGETHER, Pipeline, Together
+from task_streams.pipeline import Pipeline
 from tutorial.topologies import Sentinels
 
 ANSWER = Script("return ARGV[1]", "cc0f91a2a1ce87a8c8ef4e1b6b2f8d3fa42f9d11")  # of another script: it is never known
@@ -320,69 +320,5 @@ def test_ready_waits_while_too_much_is_unsent(valkey: Server, monkeypatch: pytes
             valkey.send(signal.SIGCONT)
             await asyncio.wait_for(waiting, 60)
             assert await asyncio.gather(*calls) == ["OK"] * 32
-
-    run(test)
-
-
-# -- Together ---------------------------------------------------------------------------------------------------
-
-
-def test_items_of_one_turn_are_sent_together_and_each_gets_its_result() -> None:
-    sent: list[list[int]] = []
-
-    async def send(items: list[int]) -> list[int]:
-        sent.append(items)
-        return [item * 10 for item in items]
-
-    async def test() -> None:
-        together = Together(send)
-        assert await asyncio.gather(*map(together, range(5))) == [0, 10, 20, 30, 40]
-        assert await together(7) == 70
-
-    run(test)
-    assert sent == [[0, 1, 2, 3, 4], [7]]
-
-
-def test_no_call_has_more_items_than_the_limit() -> None:
-    sizes: list[int] = []
-
-    async def send(items: list[int]) -> list[int]:
-        sizes.append(len(items))
-        return items
-
-    async def test() -> None:
-        together, many = Together(send), list(range(2 * MOST_TOGETHER + 1))
-        assert await asyncio.gather(*map(together, many)) == many
-
-    run(test)
-    assert sizes == [MOST_TOGETHER, MOST_TOGETHER, 1]
-
-
-def test_error_of_the_call_goes_to_all_and_error_of_an_item_to_one() -> None:
-    async def send(items: list[str]) -> list[Any]:
-        if "lost" in items:
-            raise LostConnection("lost")
-        return [ResponseError(item) if item == "spoilt" else item for item in items]
-
-    async def test() -> None:
-        together = Together(send)
-        lost = await asyncio.gather(*map(together, ["a", "lost", "b"]), return_exceptions=True)
-        spoilt = await asyncio.gather(*map(together, ["a", "spoilt", "b"]), return_exceptions=True)
-        assert [type(result) for result in lost] == [LostConnection] * 3
-        assert [spoilt[0], type(spoilt[1]), spoilt[2]] == ["a", ResponseError, "b"]
-
-    run(test)
-
-
-def test_cancelled_item_does_not_disturb_the_others() -> None:
-    async def send(items: list[int]) -> list[int]:
-        return items
-
-    async def test() -> None:
-        together = Together(send)
-        futures = [together(n) for n in range(3)]
-        futures[1].cancel()
-        results = await asyncio.gather(*futures, return_exceptions=True)
-        assert (results[0], results[2]) == (0, 2)
 
     run(test)

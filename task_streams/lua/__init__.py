@@ -2,19 +2,16 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Script:
-    """A script, and the hash by which EVALSHA calls it."""
-
+class Script(NamedTuple):
     source: str
-    sha: str
+    sha: str  # by which EVALSHA calls it
 
 
 @cache

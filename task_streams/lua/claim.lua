@@ -3,26 +3,30 @@
 -- KEYS  leases, unfinished, recent, then for each task its record, and its stream if it is given
 -- ARGV  keys a task (1 or 2), worker, lease (ms), size of `recent`, MAXLEN, timestamp, event, its field, value,
 --       then for each task: id, token, data as JSON ('' if only a known task may be claimed), an epoch to be above
--- Returns for each task {'claimed', attempt, epoch, seq, epochs known before, put_at, failures, losses, lost worker, reason of
---         a cancellation, data if the record has other data}; {'held'}: somebody works on it, or it is not due;
---         {'done'}; {'unknown'}; {'ended', terminal event}, {'spoilt', why}: claimed, but see first.lua;
---         or an error that concerns it alone.
+-- Returns for each task {'claimed', attempt, epoch, seq, failures, losses, reason of a cancellation, data if the record
+--         has other data, problem (see first.lua), and for start.lua: epochs, put_at, lost worker};
+--         {'held'}: somebody works on it, or it is not due; {'done'}; {'unknown'}; {'ended', terminal event}: claimed,
+--         but its stream has ended; or an error that concerns it alone.
 -- include first
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local leases, unfinished, recent, each = KEYS[1], KEYS[2], KEYS[3], tonumber(ARGV[1])
+local FIELDS = {'status', 'token', 'attempts', 'failures', 'losses', 'worker', 'lost', 'cancel', 'epoch', 'epochs', 'seq',
+  'put_at', 'data'}
 
--- Return the epochs of the last attempts, with one more: seven at most.
+-- Return a text with the epochs of the last attempts, and one more: seven at most.
 local function join(epochs, epoch)
   local joined = epochs == '' and epoch or epochs .. ' ' .. epoch
   return #joined > 98 and (string.gsub(joined, '^%d+ ', '', 1)) or joined
 end
 
 local function claim(record, stream, id, token, data, above)
-  local r = redis.call('HMGET', record, 'status', 'token', 'attempts', 'failures', 'losses', 'worker', 'lost', 'cancel',
-    'epoch', 'epochs', 'seq', 'put_at', 'data')
-  local status, attempt, losses, lost = r[1], tonumber(r[3] or 0), tonumber(r[5] or 0), r[7] or ''
-  local epoch, epochs = tonumber(r[9] or 0), r[10] or ''
+  local r, values = {}, redis.call('HMGET', record, unpack(FIELDS))
+  for n, name in ipairs(FIELDS) do
+    r[name] = values[n] or nil
+  end
+  local status, attempt, losses, lost = r.status, tonumber(r.attempts or 0), tonumber(r.losses or 0), r.lost or ''
+  local epoch, epochs, seq, problem = r.epoch or '0', r.epochs or '', r.seq or '0', ''
   if not status then -- pushed by hand, or its record was lost: from its first claim on it is a task like any other
     if data == '' then
       return {'unknown'}
@@ -36,44 +40,45 @@ local function claim(record, stream, id, token, data, above)
     return {'done'}
   end
   -- subtle: the same token again is a claim whose reply was lost; it is answered, not counted
-  local is_mine = r[2] == token and status == 'running'
+  local is_mine = r.token == token and status == 'running'
   if not is_mine then
     local lease = status ~= 'waiting' and redis.call('ZSCORE', leases, id)
     if lease and tonumber(lease) > now then
       return {'held'}
     end
     if status == 'running' then -- its lease is over, and nobody has recovered it yet
-      losses, lost = losses + 1, r[6]
+      losses, lost = losses + 1, r.worker
     end
     attempt = attempt + 1
   end
-  local before = epochs
-  if not is_mine or tonumber(above) >= epoch then
-    epoch = math.max(now, epoch + 1, tonumber(r[12] or 0), tonumber(above) + 1)
-  else -- `epochs` ends with this attempt's own
-    before = string.match(epochs, '^(.*) %d+$') or ''
-  end
-  local text, seq = string.format('%.0f', epoch), r[11] or '0'
   redis.call('ZADD', leases, now + ARGV[3], id)
-  redis.call('HSET', record, 'status', 'running', 'worker', ARGV[2], 'token', token, 'started_at', now,
-    'attempts', attempt, 'losses', losses, 'lost', lost, 'epoch', text, 'epochs', join(before, text))
-  if stream then
-    local fields = {ARGV[7], ARGV[8], ARGV[9]}
-    if ARGV[7] == 'started' then
-      fields[4], fields[5] = 'attempt', tostring(attempt)
+  if is_mine and tonumber(above) < tonumber(epoch) then
+    local ended = stream and end_among(redis.call('XREVRANGE', stream, '+', '-', 'COUNT', LOOK_BACK))
+    if ended then
+      return {'ended', ended}
     end
-    local first = first_append(stream, epoch, is_mine, true, r[12], epochs, seq, lost, ARGV[5], ARGV[6], fields)
-    if first[1] ~= 'ok' then
-      return first
+  else
+    local new = math.max(now, epoch + 1, tonumber(r.put_at or 0), above + 1)
+    epoch = string.format('%.0f', new)
+    if stream then
+      local fields = {ARGV[7], ARGV[8], ARGV[9]}
+      if ARGV[7] == 'started' then
+        fields[4], fields[5] = 'attempt', tostring(attempt)
+      end
+      local first = first_append(stream, {epoch = new, epochs = epochs, seq = seq, put_at = r.put_at, lost = lost,
+        maxlen = ARGV[5], timestamp = ARGV[6], fields = fields, may_rise = true})
+      if first[1] == 'ended' then -- only the record is open
+        redis.call('HSET', record, 'status', 'running', 'token', token)
+        return first
+      end
+      seq, epoch, problem = tostring(first[2]), first[3], first[4]
     end
-    seq = tostring(first[2])
-    if first[3] ~= text then
-      text = first[3]
-      redis.call('HSET', record, 'epoch', text, 'epochs', join(before, text))
-    end
+    epochs = join(epochs, epoch)
+    redis.call('HSET', record, 'status', 'running', 'worker', ARGV[2], 'token', token, 'started_at', now, 'attempts',
+      attempt, 'losses', losses, 'lost', lost, 'epoch', epoch, 'epochs', epochs, 'seq', seq)
   end
-  return {'claimed', attempt, text, seq, epochs, r[12] or '', r[4] or '0', losses, lost, r[8] or '',
-    r[13] and r[13] ~= data and r[13] or ''}
+  return {'claimed', attempt, epoch, seq, r.failures or '0', losses, r.cancel or '', r.data and r.data ~= data and r.data or '',
+    problem, epochs, r.put_at or '', lost}
 end
 
 local claimed = {}

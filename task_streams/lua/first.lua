@@ -3,11 +3,12 @@ local ENDS = {completed = true, failed = true, cancelled = true}
 local LOOK_BACK = 10 -- entries at the end of a stream, among which its terminal event is looked for
 local TOO_LARGE = 2 ^ 53 -- from here on the parts of an id cannot be compared as numbers; no clock and no count gets there
 
-local function ms_of(id)
-  return tonumber(string.match(id, '^%d+'))
+-- Return the parts of an entry id as numbers.
+local function parts(id)
+  return tonumber(string.match(id, '^%d+')), tonumber(string.match(id, '%d+$'))
 end
 
--- Return the greatest id that a stream has given, also if that entry was deleted since.
+-- Return the greatest id that a stream has given, even if that entry was deleted since.
 local function last_id_of(stream)
   local info = redis.call('XINFO', 'STREAM', stream)
   for n = 1, #info, 2 do
@@ -17,103 +18,88 @@ local function last_id_of(stream)
   end
 end
 
--- Whether two entries have the same fields, in the same order; the timestamp, the fourth, may differ.
-local function is_same(entry, other)
-  for n = 1, math.max(#entry, #other) do
-    if entry[n] ~= other[n] and n ~= 4 then
-      return false
+-- Return the terminal event among some entries, or nil.
+local function end_among(entries)
+  for _, entry in ipairs(entries) do
+    for n = 1, #entry[2], 2 do
+      if entry[2][n] == 'event' and ENDS[entry[2][n + 1]] then
+        return entry[2][n + 1]
+      end
     end
   end
-  return true
 end
 
--- Return the greatest seq in a stream that an attempt of this task has written: nobody else's entry counts.
--- `last`: the last entries of the stream, `last_id`: the last id it gave. `epochs`: of earlier attempts, separated by
--- spaces, the newest last; without any the record was lost, and all entries count. `seq`: what the record knows.
-local function seq_of(stream, last, last_id, epochs, seq)
-  local found, newer = 0, ''
-  local function is_ours(id)
-    return epochs == '' or string.find(' ' .. epochs .. ' ', ' ' .. string.match(id, '^%d+') .. ' ', 1, true)
-  end
-  local function take(id)
-    if is_ours(id) then
-      found = math.max(found, tonumber(string.match(id, '%d+$')))
+-- Return the greatest seq that this task's attempts have written: a stranger's entries do not count. If the record was
+-- lost, nobody knows the epochs of the attempts, and the last entries count, whoever wrote them.
+local function last_seq(stream, last, last_id, epochs, seq)
+  local found = tonumber(seq) or 0
+  if epochs == '' then
+    for _, entry in ipairs(last) do
+      found = math.max(found, select(2, parts(entry[1])))
     end
+    epochs = string.match(last_id, '^%d+')
   end
   for epoch in string.gmatch(epochs, '%d+') do
-    newer = epoch .. ' ' .. newer
-  end
-  take(last_id) -- subtle: trimmed or deleted to nothing, the stream still knows the last id it gave
-  for _, entry in ipairs(last) do
-    take(entry[1])
-  end
-  for epoch in string.gmatch(last[1] and newer or '', '%d+') do
-    if found > 0 then -- else there are more foreign entries behind ours than `last` holds
-      break
+    local entry = redis.call('XREVRANGE', stream, epoch .. '-18446744073709551615', epoch, 'COUNT', 1)[1]
+    if entry then
+      found = math.max(found, select(2, parts(entry[1])))
     end
-    for _, entry in ipairs(redis.call('XREVRANGE', stream, epoch .. '-18446744073709551615', epoch, 'COUNT', 1)) do
-      take(entry[1])
+    if string.match(last_id, '^%d+') == epoch then -- subtle: also if the stream was trimmed or deleted to nothing
+      found = math.max(found, select(2, parts(last_id)))
     end
   end
-  return math.max(found, tonumber(seq) or 0)
+  return found
 end
 
 -- Append the first event of an attempt, unless the stream has ended or a later attempt has written.
--- `is_again`: this may be a call whose reply was lost. `may_rise`: if the epoch is not above all that is in the
--- stream, take one that is.
--- Returns {'ok', seq of the event, epoch}, {'ended', terminal event}, {'lost', ms of the newest entry} or
---         {'spoilt', why}: the key is not a stream, or a foreign id is so large that it takes no more; it is deleted.
-local function first_append(stream, epoch, is_again, may_rise, put_at, epochs, seq, lost_worker, maxlen, timestamp,
-  fields)
+-- a  epoch; epochs: of this task's attempts, separated by spaces; seq: the last one that the record knows; put_at (ms), or
+--    false; lost: the worker that was lost, or ''; maxlen; timestamp; fields: the event, then names and values;
+--    may_rise: if the epoch is not above all that is in the stream, take one that is
+-- Returns {'ok', seq of the event, epoch, problem}, {'ended', terminal event} or {'lost', ms of the newest entry}.
+-- problem: why the stream had to be deleted (its key is not a stream, or a foreign id is too large to go on), or ''.
+local function first_append(stream, a)
+  local epoch, seq, problem, last, last_id = a.epoch, tonumber(a.seq) or 0, '', {}, nil
   local kind = redis.call('TYPE', stream).ok
-  if kind ~= 'stream' and kind ~= 'none' then
-    redis.call('DEL', stream)
-    return {'spoilt', 'it is a ' .. kind}
-  end
-  local is_there = kind == 'stream'
-  local last = is_there and redis.call('XREVRANGE', stream, '+', '-', 'COUNT', LOOK_BACK) or {}
-  local last_id = is_there and last_id_of(stream)
-  if last_id and put_at and ms_of(last_id) < tonumber(put_at) then -- an earlier task of that id wrote it
-    redis.call('DEL', stream)
-    last, last_id = {}, nil
-  end
-  local entry = {'event', fields[1], 'timestamp', timestamp, unpack(fields, 2)}
-  for _, one in ipairs(last) do
-    for n = 1, #one[2], 2 do
-      if one[2][n] == 'event' and ENDS[one[2][n + 1]] then
-        return {'ended', one[2][n + 1]}
-      end
-    end
-  end
-  if last_id then
-    local newest = ms_of(last_id)
-    if newest >= TOO_LARGE or tonumber(string.match(last_id, '%d+$')) >= TOO_LARGE then
-      redis.call('DEL', stream)
-      return {'spoilt', 'it has the entry ' .. last_id}
-    end
-    if newest >= epoch then
-      -- subtle: the same entry again is a call whose reply was lost
+  if kind == 'stream' then
+    last, last_id = redis.call('XREVRANGE', stream, '+', '-', 'COUNT', LOOK_BACK), last_id_of(stream)
+    local newest, newest_seq = parts(last_id)
+    local is_older = a.put_at and newest < tonumber(a.put_at) -- then an earlier task of that id wrote it
+    local ended = not is_older and end_among(last)
+    if ended then
+      return {'ended', ended}
+    elseif math.max(newest, newest_seq) >= TOO_LARGE then
+      problem = 'it has the entry ' .. last_id
+    elseif newest >= epoch and not is_older then
+      -- subtle: the same event of the same epoch is a call whose reply was lost; on one server the claim knows that
       local mine = string.format('%.0f', epoch)
-      for _, one in ipairs(is_again and redis.call('XRANGE', stream, mine, mine, 'COUNT', 3) or {}) do
-        if is_same(one[2], entry) then
-          return {'ok', tonumber(string.match(one[1], '%-(%d+)')), mine}
+      for _, entry in ipairs(a.may_rise and {} or redis.call('XRANGE', stream, mine, mine, 'COUNT', 3)) do
+        if entry[2][2] == a.fields[1] and entry[2][6] == a.fields[3] then
+          return {'ok', select(2, parts(entry[1])), mine, ''}
         end
       end
-      if not may_rise then
+      if not a.may_rise then
         return {'lost', string.format('%.0f', newest)}
       end
       epoch = newest + 1
     end
+    if is_older or problem ~= '' then
+      redis.call('DEL', stream)
+    else
+      seq = last_seq(stream, last, last_id, a.epochs, seq)
+    end
+  elseif kind ~= 'none' then
+    problem = 'it is a ' .. kind
+    redis.call('DEL', stream)
   end
-  local seq_now = last_id and seq_of(stream, last, last_id, epochs, seq) or tonumber(seq) or 0
-  local epoch_now = string.format('%.0f', epoch)
-  local function add(values)
-    seq_now = seq_now + 1
-    redis.call('XADD', stream, 'MAXLEN', '~', maxlen, string.format('%s-%.0f', epoch_now, seq_now), unpack(values))
+  local epoch_text = string.format('%.0f', epoch)
+  local function add(event, ...)
+    seq = seq + 1
+    local id = string.format('%s-%.0f', epoch_text, seq)
+    redis.call('XADD', stream, 'MAXLEN', '~', a.maxlen, id, 'event', event, 'timestamp', a.timestamp, ...)
   end
-  if lost_worker ~= '' then
-    add({'event', 'worker_lost', 'timestamp', timestamp, 'worker', lost_worker})
+  if a.lost ~= '' then
+    add('worker_lost', 'worker', a.lost)
   end
-  add(entry)
-  return {'ok', seq_now, epoch_now}
+  add(unpack(a.fields))
+  return {'ok', seq, epoch_text, problem}
 end

@@ -24,7 +24,7 @@ from history import History, Put, Seen, Step
 
 from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect
 from task_streams import NoSuchTask, TaskQueue
-from task_streams.log import BLOCK_SECONDS, follow
+from task_streams.reader import BLOCK_SECONDS, follow
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "1"))
 PROGRAM = "tests/chaos/chaos_program.py"

@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from programs import fault
+from programs import with_faults
 
 from task_streams import PermanentFailure, Task, TaskLog, run_worker
 from task_streams.cli import add_worker_arguments, run, worker_options
@@ -60,7 +60,7 @@ def main() -> int:
     time.time = lambda: right() + args.clock_offset
     journal = os.open(args.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     options = {"max_attempts": 1000, "backoff_seconds": 0.1, **worker_options(args)}
-    return run_worker(make_handler(journal), fault=fault, **options)
+    return run_worker(with_faults(make_handler(journal)), **options)
 
 
 if __name__ == "__main__":

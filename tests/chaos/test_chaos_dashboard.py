@@ -30,7 +30,7 @@ from redis.exceptions import RedisError
 
 from dashboard.sse import MAX_CURSOR_TASKS, split_cursors
 from task_streams import keys
-from task_streams.log import order
+from task_streams.reader import order
 from tutorial.topologies import HOST, Cluster, Node, Sentinels
 
 pytestmark = pytest.mark.chaos

@@ -23,7 +23,7 @@ from ailf.messaging.redis import connect_async
 from dashboard import hub as hub_module
 from dashboard.hub import Hub, Item
 from task_streams import TaskQueue, keys
-from task_streams.log import order
+from task_streams.reader import order
 
 SECONDS = 120  # for one test
 

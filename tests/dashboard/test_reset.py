@@ -20,7 +20,7 @@ from streams import Stream, take
 from ailf.messaging.redis import blocking_client, connect_async
 from dashboard.hub import Hub, Item
 from task_streams import TaskQueue, keys
-from task_streams.log import BLOCK_SECONDS, follow
+from task_streams.reader import BLOCK_SECONDS, follow
 
 SECONDS = 60  # for a machine ten times slower
 STREAM = keys.stream("t")
