@@ -12,7 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ailf.messaging.redis import connect
 from task_streams import TaskQueue
 from task_streams.cli import number, run
 
@@ -46,29 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--llm-delay", type=number(0, 60), default=1.0, metavar="S", help=delay)
     args = parser.parse_args(argv)
 
-    queue = TaskQueue(connect())  # starts the embedded server if there is no other, so that the processes share it
-    try:
-        waiting = queue.owed()
-    finally:
-        queue.close()
-    if waiting:
-        print(f"({waiting} task(s) of earlier runs are not finished; the agent works on them too)")
+    # Starts the embedded server if there is no other, so that the processes share it.
+    if owed := TaskQueue().owed():
+        print(f"({owed} task(s) of earlier runs are not finished; the agent works on them too)")
 
     ids = [put(command) for command in COMMANDS]
     with tempfile.TemporaryFile("w+") as agent_log:
         say("python agent_consumer.py --concurrency 3 &")
-        agent_command = [
-            sys.executable,
-            "agent_consumer.py",
-            "--concurrency",
-            "3",
-            "--llm-delay",
-            str(args.llm_delay),
-            "--grace",
-            "2",
-        ]
+        command = [sys.executable, *f"agent_consumer.py --concurrency 3 --grace 2 --llm-delay {args.llm_delay}".split()]
         # a session of its own: Ctrl-C here ends the reader first, then we end the agent
-        agent = subprocess.Popen(agent_command, cwd=HERE, stderr=agent_log, start_new_session=True)
+        agent = subprocess.Popen(command, cwd=HERE, stderr=agent_log, start_new_session=True)
         try:
             say("python stream_reader.py " + " ".join(ids))
             code = subprocess.run([sys.executable, "stream_reader.py", *ids], cwd=HERE).returncode

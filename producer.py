@@ -15,29 +15,12 @@ import sys
 from typing import Any
 
 from task_streams import TaskQueue
-from task_streams.cli import parse_json, print_ids, put_all, run
+from task_streams.cli import number, parse_json, print_ids, put_all, run
 
 TUTORIAL_TASKS = [
     {"type": "process_data", "payload": {"file": "sample_data/sales.csv"}},
-    {
-        "type": "send_email",
-        "payload": {"to": "you@example.org", "subject": "Your report", "body": "The sales report is ready."},
-    },
+    {"type": "send_email", "payload": {"to": "you@example.org", "subject": "Your report", "body": "It is ready."}},
 ]
-
-
-def tasks_from(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the tasks that the arguments ask for. Raises ValueError if --payload is not JSON."""
-    if args.command == "summarise":
-        return [{"type": "process_data", "payload": {"file": file}} for file in args.files]
-    if args.command == "send-email":
-        return [{"type": "send_email", "payload": {"to": args.to, "subject": args.subject, "body": args.body}}]
-    if args.type is None:
-        return TUTORIAL_TASKS
-    try:
-        return [{"type": args.type, "payload": {} if args.payload is None else parse_json(args.payload)}]
-    except ValueError as error:
-        raise ValueError(f"--payload: {error}") from error
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--payload", metavar="JSON", help="its payload (default {})")
     parser.add_argument("--id", help="an id of your own: putting it twice queues it once")
     parser.add_argument("--delay", type=float, default=0, metavar="SECONDS", help="how long it waits before it may run")
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="put each task N times (default 1)")
+    parser.add_argument("--count", type=number(1, kind=int), default=1, metavar="N", help="put each task N times (1)")
     commands = parser.add_subparsers(dest="command", metavar="summarise | send-email")
     summarise = commands.add_parser("summarise", help="have an agent look at data files")
     summarise.add_argument("files", nargs="+", metavar="FILE", help="CSV, TSV, JSON, JSON Lines or text; gzip too")
@@ -60,26 +43,36 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("choose a command or --type, not both")
     if args.type is None and (args.payload, args.id) != (None, None):
         parser.error("--payload and --id go with --type")
-    if args.count < 1 or (args.id is not None and args.count > 1):
-        parser.error("--count must be at least 1, and an --id can be put only once")
+    if args.id is not None and args.count > 1:
+        parser.error("an --id can be put only once")
     return args
+
+
+def tasks_from(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the tasks that the arguments ask for. Raises ValueError if --payload is not JSON."""
+    if args.command == "summarise":
+        return [{"type": "process_data", "payload": {"file": file}} for file in args.files]
+    if args.command == "send-email":
+        return [{"type": "send_email", "payload": {"to": args.to, "subject": args.subject, "body": args.body}}]
+    if args.type is None:
+        return TUTORIAL_TASKS
+    return [{"type": args.type, "payload": {} if args.payload is None else parse_json(args.payload)}]
 
 
 def main() -> int:
     args = parse_arguments()
     try:
-        tasks = tasks_from(args)
-        queue = TaskQueue()
+        tasks, queue = tasks_from(args) * args.count, TaskQueue()
         if args.id is None:
-            print_ids(put_all(queue, tasks * args.count, args.delay))
-        else:
-            task = queue.put(tasks[0], args.id, args.delay)
-            print_ids([task])
-            if not task.is_new:
-                print(f"producer.py: there is a task {task.id} already; nothing was queued", file=sys.stderr)
+            print_ids(put_all(queue, tasks, args.delay))
+            return 0
+        task = queue.put(tasks[0], args.id, args.delay)
     except ValueError as error:
         print(f"producer.py: {error}", file=sys.stderr)
         return 1
+    print_ids([task])
+    if not task.is_new:
+        print(f"producer.py: there is a task {task.id} already; nothing was queued", file=sys.stderr)
     return 0
 
 

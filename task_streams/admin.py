@@ -8,8 +8,7 @@ Usage:   python -m task_streams status [--once | --json]     what waits and runs
          python -m task_streams stop                         stop the embedded server; its data stay in .redis/
 Prints:  ids, one a line, if stdout is a pipe; problems go to stderr
 Exits:   0 done, 1 something could not be done, 2 wrong usage, 130 after Ctrl-C
-Needs:   Redis at $REDIS_URL, else localhost:6379, else the embedded server
-         (only import starts it, since looking at a queue must not leave a server behind; stop ends only that one)
+Needs:   Redis at $REDIS_URL, else localhost:6379, else the embedded server, which only import starts
 Keys:    reads task_queue, {task_queue}:leases, :dead, :totals and the records
 See:     tutorial/part6.md, tutorial/part7.md
 """
@@ -17,39 +16,125 @@ See:     tutorial/part6.md, tutorial/part7.md
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from typing import Any, TextIO
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from rich.console import Console
+from redis import RedisCluster
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ailf.messaging.redis import Client, blocking_client, connect, encode
+from ailf.messaging.redis import REDIS_ERRORS, Client, blocking_client, connect, is_transient, reason_of, url_of
 from ailf.messaging.redis.__main__ import main as embedded_server
 
-from . import keys, status
-from .claims import check_id
-from .cli import parse_json, print_ids, printable, put_all
+from . import keys
+from .claims import Malformed, parse_element
+from .cli import number, parse_json, print_ids, printable, put_all
+from .consuming import WORKER_NAME
 from .queue import NoSuchTask, TaskQueue
 
-LETTERS_PAGE = 100  # dead letters read at one time, since each may hold a megabyte
-MAX_CELL_CHARS = 300  # of a reason on a terminal or in a line; --json shows all of it
-MAX_LINE_CHARS = 2_000_000  # of a tasks file: twice what a task may hold
+MOST_LEASES = 10_000  # tasks that run or rest whose records `status` reads; it counts more as resting
+MOST_SHOWN = 20  # running tasks; the rest is counted
+MAX_REASON_CHARS = 300  # of a dead letter's reason; --json shows all of it
+OUTCOMES = ("completed", "failed", "cancelled")
 
 
 def complain(text: object) -> None:
     print(f"task_streams: {printable(str(text))}", file=sys.stderr)
 
 
-def reader() -> Client:
-    """Return a client that shows bytes that are not UTF-8 as escapes, instead of failing."""
-    return blocking_client(connect(start=False), 0)
+# -- status -----------------------------------------------------------------------------------------------------
 
 
-def show_status(args: argparse.Namespace) -> int:
-    status.show(reader(), args.once, args.json)
+def status(args: argparse.Namespace) -> int:
+    client = blocking_client(connect(start=False), 0)  # it shows bytes that are not UTF-8 as escapes
+    state, where, console = look(client), url_of(client), Console(highlight=False)
+    if args.json:
+        print(json.dumps(state))
+    elif not sys.stdout.isatty():
+        print_state(state)
+    elif args.once or console.is_dumb_terminal:  # Rich does not redraw a dumb terminal
+        console.print(draw(state, where))
+    else:
+        with Live(console=console, auto_refresh=False) as live:
+            header = usual = f"{where}, every second until Ctrl-C"
+            while True:
+                live.update(draw(state, header), refresh=True)
+                time.sleep(1)
+                try:
+                    state, header = look(client), usual
+                except REDIS_ERRORS as error:
+                    if not is_transient(error):
+                        raise
+                    header = f"{where} does not serve ({reason_of(error)}); trying again"
     return 0
+
+
+def look(client: Client) -> dict[str, Any]:
+    """Return the state of the queue. The cost depends on how many tasks run or rest, not on how many wait."""
+    node = {"target_nodes": client.get_node_from_key(keys.QUEUE)} if isinstance(client, RedisCluster) else {}
+    now_seconds: int = client.time(**node)[0]  # by the server's clock, as the times in the records
+
+    def age(ms: str) -> int:
+        return max(0, now_seconds - int(ms) // 1000)
+
+    names = {connection["name"] for connection in client.client_list(**node)}
+    workers = sorted(name.removeprefix(WORKER_NAME) for name in names if name.startswith(WORKER_NAME))
+    next_element, totals = client.lindex(keys.QUEUE, -1), client.hmget(keys.TOTALS, *OUTCOMES)
+    try:
+        put_ms = client.hget(keys.record(parse_element((next_element or "").encode()).id), "put_at")
+    except Malformed:
+        put_ms = None  # as of a task that was pushed by hand: it has no record yet
+    ids, running = client.zrange(keys.LEASES, 0, MOST_LEASES - 1), []
+    with client.pipeline(transaction=False) as pipe:
+        for task_id in ids:
+            pipe.hmget(keys.record(task_id), "status", "worker", "started_at", "attempts", "cancel")
+        for task_id, (state, worker, started_ms, attempt, cancel) in zip(ids, pipe.execute(), strict=True):
+            if state == "running":
+                note = "its worker is gone" if worker not in workers else "asked to stop" if cancel else ""
+                task = {"id": task_id, "worker": worker, "seconds": age(started_ms)}
+                running.append({**task, "attempt": int(attempt), "note": note})
+    return {
+        "waiting": client.llen(keys.QUEUE),
+        "oldest_waiting_seconds": put_ms and age(put_ms),
+        "running": len(running),
+        "resting": max(0, client.zcard(keys.LEASES) - len(running)),  # until they are due
+        "dead": client.llen(keys.DEAD),
+        **{outcome: int(total or 0) for outcome, total in zip(OUTCOMES, totals, strict=True)},
+        "workers": workers,
+        "tasks": sorted(running, key=lambda task: (-task["seconds"], len(task["id"]), task["id"]))[:MOST_SHOWN],
+    }
+
+
+def print_state(state: dict[str, Any]) -> None:
+    """Print plain lines, for pipes: a name and a number each, then a line for each running task."""
+    for name, value in state.items():
+        if name != "tasks" and value is not None:
+            print(name, len(value) if isinstance(value, list) else value)
+    for task in state["tasks"]:
+        print(printable(f"task {task['id']} {task['worker']} {task['seconds']} s {task['note']}".rstrip()))
+
+
+def draw(state: dict[str, Any], header: str) -> Group:
+    """Return the state as tables for a terminal."""
+    counts, tasks = Table.grid(padding=(0, 2, 0, 0)), Table("task", "runs for", "attempt", "worker", "", box=None)
+    oldest, workers = state["oldest_waiting_seconds"], state["workers"]
+    notes = {
+        "waiting": "" if oldest is None else f"the oldest for {timedelta(seconds=oldest)}",
+        "running": f"{MOST_SHOWN} of them shown" if state["running"] > MOST_SHOWN else "",
+        "dead": "python -m task_streams dead" if state["dead"] else "",
+        "workers": ", ".join(workers[:3]) or "python agent_consumer.py starts one",
+    }
+    for name in ("waiting", "running", "resting", "dead", *OUTCOMES, "workers"):
+        count = f"{len(workers) if name == 'workers' else state[name]:,}"
+        counts.add_row(name, Text(count, "bold", justify="right"), Text(printable(notes.get(name, "")), "dim"))
+    for task in state["tasks"]:
+        cells = (task["id"], timedelta(seconds=task["seconds"]), task["attempt"], task["worker"], task["note"])
+        tasks.add_row(*(Text(printable(str(cell)), overflow="fold") for cell in cells))  # subtle: Text obeys no markup
+    return Group(Text(header, "dim"), "", counts, "", tasks if state["tasks"] else "")
 
 
 # -- cancel, dead, requeue --------------------------------------------------------------------------------------
@@ -59,58 +144,27 @@ def cancel(args: argparse.Namespace) -> int:
     queue, code = TaskQueue(connect(start=False)), 0
     for task_id in dict.fromkeys(args.ids):
         try:
-            outcome = queue.cancel(check_id(task_id), args.reason)
+            said = "asked to stop" if queue.cancel(task_id, args.reason) == "requested" else "cancelled"
+            print(f"task {task_id}: {said}" if sys.stdout.isatty() else task_id, flush=True)
         except (NoSuchTask, ValueError) as error:  # the others can be cancelled all the same
-            # subtle: a task that was pushed by hand has no record before its first claim
-            unclaimed = isinstance(error, NoSuchTask) and queue.is_listed(task_id)
-            complain(
-                f"task {task_id} was pushed by hand; it can be cancelled once a worker has it" if unclaimed else error
-            )
+            complain(error)
             code = 1
-            continue
-        said = "cancelled" if outcome == "cancelled" else "asked to stop"
-        print(f"task {task_id}: {said}" if sys.stdout.isatty() else task_id, flush=True)
     return code
 
 
-def letters(client: Client, most: int) -> Iterator[dict[str, Any]]:
-    """Yield the newest dead letters: id, attempts, reason and failed_at, each None if it is not known."""
-    for start in range(0, most, LETTERS_PAGE):
-        found = []
-        for letter in client.lrange(keys.DEAD, start, min(start + LETTERS_PAGE, most) - 1):
-            try:
-                content = parse_json(letter)
-            except ValueError as error:
-                content = {"reason": f"a malformed letter: {error}", "element": letter}
-            if not isinstance(content, dict):
-                content = {"reason": "a malformed letter: not a JSON object", "element": letter}
-            found.append({name: content.get(name) for name in ("id", "attempts", "reason", "element")})
-        with client.pipeline(transaction=False) as pipe:
-            for content in found:
-                pipe.hget(keys.record(str(content["id"])), "finished_at")
-            for content, ms in zip(found, pipe.execute(), strict=True):
-                at = ms and ms.isdigit() and f"{datetime.fromtimestamp(int(ms) / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
-                yield {**content, "failed_at": at or None}
-
-
 def dead(args: argparse.Namespace) -> int:
-    client = reader()
-    count = client.llen(keys.DEAD)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("task", "failed at", "attempts", "reason"):
-        table.add_column(title, overflow="fold")
-    for letter in letters(client, min(args.limit, count)):
-        names = ("id", "failed_at", "attempts", "reason")
-        texts = [text if isinstance(text := letter[name], str) else encode(text) for name in names]
-        cells = ["-" if text == "null" else printable(text)[:MAX_CELL_CHARS] for text in texts]
+    client = blocking_client(connect(start=False), 0)  # as for status
+    for text in client.lrange(keys.DEAD, 0, args.limit - 1):
+        letter = read_letter(text)
+        ended_ms = client.hget(keys.record(str(letter["id"])), "finished_at") or ""
+        if ended_ms.isdigit():
+            letter["failed_at"] = f"{datetime.fromtimestamp(int(ended_ms) / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
         if args.json:
             print(json.dumps(letter))
-        elif not sys.stdout.isatty():
-            print(*cells)
         else:
-            table.add_row(*map(Text, cells))
-    if table.row_count:
-        Console(highlight=False).print(table)
+            said = [str(letter[name] or "-") for name in ("id", "failed_at", "attempts", "reason")]
+            print(*(printable(text[:MAX_REASON_CHARS]) for text in said))
+    count = client.llen(keys.DEAD)
     if count > args.limit:
         complain(f"{count - args.limit:,} more dead letters; --limit {count} shows them all")
     elif not count:
@@ -118,9 +172,19 @@ def dead(args: argparse.Namespace) -> int:
     return 0
 
 
+def read_letter(text: str) -> dict[str, Any]:
+    """Return what a dead letter says, with None for what it does not say: anybody can push one."""
+    try:
+        letter = parse_json(text)
+        if not isinstance(letter, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        letter = {"reason": f"a malformed letter: {error}", "element": text}
+    return {name: letter.get(name) for name in ("id", "failed_at", "attempts", "reason", "element")}
+
+
 def requeue(args: argparse.Namespace) -> int:
-    queue = TaskQueue(connect(start=False))
-    pairs, others = queue.requeue_dead(args.ids or None)
+    pairs, others = TaskQueue(connect(start=False)).requeue_dead(args.ids or None)
     for old, task in pairs:
         print(f"task {old} is queued again as {task.id}" if sys.stdout.isatty() else task.id)
     missing = set(args.ids) - {old for old, _ in pairs}
@@ -129,46 +193,23 @@ def requeue(args: argparse.Namespace) -> int:
     if others and not args.ids:
         complain(f"{others} dead letter(s) hold no task that can be put again: python -m task_streams dead")
     if not (pairs or others or args.ids):
-        print("no dead letters", file=sys.stderr)
+        complain("no dead letters")
     return 1 if missing else 0
 
 
 # -- import -----------------------------------------------------------------------------------------------------
 
 
-def lines_in(file: TextIO) -> Iterator[str]:
-    """Yield the lines of a file, cut after MAX_LINE_CHARS: one that long is bad, and need not fill the memory."""
-    while line := file.readline(MAX_LINE_CHARS):
-        yield line
-        while line and not line.endswith("\n") and len(line) == MAX_LINE_CHARS:
-            line = file.readline(MAX_LINE_CHARS)
-
-
-def task_in(line: str) -> Any:
-    """Return the task in a line of JSON. Raises ValueError with a reason that a person understands."""
-    if len(line) >= MAX_LINE_CHARS:
-        raise ValueError(f"longer than {MAX_LINE_CHARS:,} characters")
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # bytes that cannot be decoded were read as lone surrogates
-        raise ValueError("not UTF-8") from None
-    task = parse_json(line)
-    if not isinstance(task, dict) or not isinstance(task.get("type"), str):
-        raise ValueError('not a task: expected {"type": "…", "payload": {…}}')
-    TaskQueue.check(task)
-    return task
-
-
 def import_tasks(args: argparse.Namespace) -> int:
     name = "standard input" if args.file == "-" else args.file
     tasks, bad = [], 0
+    if args.file == "-" and sys.stdin is None:
+        complain("standard input is closed")
+        return 1
     try:
-        if args.file == "-" and sys.stdin is None:
-            raise OSError(0, "it is closed")
-        source = sys.stdin.fileno() if args.file == "-" else args.file
-        # newline="\n": only a line feed ends a JSON line. surrogateescape: a line that is not UTF-8 can be named
-        with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:  # noqa: PTH123
-            for count, line in enumerate(lines_in(file), start=1):
+        # in bytes, so that only a line feed ends a line, and one that is not UTF-8 can be named
+        with open(sys.stdin.fileno() if args.file == "-" else args.file, "rb") as file:  # noqa: PTH123
+            for count, line in enumerate(file, start=1):
                 try:
                     if line.strip():
                         tasks.append(task_in(line))
@@ -183,66 +224,47 @@ def import_tasks(args: argparse.Namespace) -> int:
         return 1
     if not tasks:
         complain(f"{name}: no tasks in it")
-        return 0
     print_ids(put_all(TaskQueue(), tasks))
     return 0
+
+
+def task_in(line: bytes) -> Any:
+    """Return the task in a line of JSON. Raises ValueError with a reason that a person understands."""
+    task = parse_json(line.decode("utf-8-sig"))  # a file may begin with a byte order mark
+    if not isinstance(task, dict) or not isinstance(task.get("type"), str):
+        raise ValueError('not a task: expected {"type": "…", "payload": {…}}')
+    TaskQueue.check(task)
+    return task
 
 
 # -- the commands -----------------------------------------------------------------------------------------------
 
 
-def one_line(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError("must be one line of text")
-    return text
+def main(argv: list[str] | None = None) -> int:
+    description, _, epilog = str(__doc__).partition("\n\n")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m task_streams", None, description, epilog, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True)
 
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return int(text)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    description, _, rest = str(__doc__).partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m task_streams",
-        description=description,
-        epilog=rest[rest.index("Prints:") :],  # argparse itself lists the commands
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
-
-    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> Callable[..., Any]:
         command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(run=run)
-        return command
+        return command.add_argument
 
-    command = add("status", show_status, "Show what waits, runs and rests, and which workers are alive.")
-    command.add_argument("--once", action="store_true", help="on a terminal: one look, instead of one every second")
-    command.add_argument("--json", action="store_true", help="one JSON object, with up to 20 of the running tasks")
-    command = add("cancel", cancel, "End tasks, whether they wait or run.")
-    command.add_argument("ids", nargs="+", metavar="ID")
-    command.add_argument(
-        "--reason", type=one_line, default="cancelled by hand", metavar="TEXT", help="why, for its log"
-    )
-    command = add("dead", dead, "List the tasks that were given up on, and why; the newest first.")
-    command.add_argument("--limit", type=positive, default=20, metavar="N", help="at most N of them (default 20)")
-    command.add_argument("--json", action="store_true", help="one JSON object a line")
-    command = add("requeue", requeue, "Put dead tasks again, as new tasks, and print their ids. 7 becomes 7.r2.")
-    command.add_argument("ids", nargs="*", metavar="ID", help="only these (default: all)")
-    command = add("import", import_tasks, "Put the tasks of a JSON Lines file, and print their ids.")
-    command.add_argument("file", metavar="FILE", help='one {"type": …, "payload": …} a line; - is standard input')
-    command.add_argument("--skip-bad", action="store_true", help="queue the good lines even if others are bad")
+    option = add("status", status, "Show what waits, runs and rests, and which workers are alive.")
+    option("--once", action="store_true", help="on a terminal: one look, instead of one every second")
+    option("--json", action="store_true", help="one JSON object, with up to 20 of the running tasks")
+    option = add("cancel", cancel, "End tasks, whether they wait or run.")
+    option("ids", nargs="+", metavar="ID")
+    option("--reason", default="cancelled by hand", metavar="TEXT", help="why, for its log")
+    option = add("dead", dead, "List the tasks that were given up on, and why; the newest first.")
+    option("--limit", type=number(1, kind=int), default=20, metavar="N", help="at most N of them (default 20)")
+    option("--json", action="store_true", help="one JSON object a line")
+    option = add("requeue", requeue, "Put dead tasks again, as new tasks, and print their ids. 7 becomes 7.r2.")
+    option("ids", nargs="*", metavar="ID", help="only these (default: all)")
+    option = add("import", import_tasks, "Put the tasks of a JSON Lines file, and print their ids.")
+    option("file", metavar="FILE", help='one {"type": …, "payload": …} a line; - is standard input')
+    option("--skip-bad", action="store_true", help="queue the good lines even if others are bad")
     add("stop", lambda _: embedded_server(["stop"]), "Stop the embedded server. Its data stay in .redis/.")
     args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        parser.exit(2)
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    code: int = args.run(args)
-    return code
+    return int(args.run(args))

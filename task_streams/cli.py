@@ -14,13 +14,20 @@ from .claims import LEASE_SECONDS, Task
 from .queue import TaskQueue
 from .worker import GRACE_SECONDS, TIME_LIMIT_SECONDS
 
-BATCH = 1_000  # tasks between two moves of the progress bar
+BATCH = 1_000  # tasks put at a time
 NAMED = 10  # tasks that print_ids names one by one on a terminal
+
+
+class Stderr:
+    """What sys.stderr is at the moment: while Rich draws bars, it replaces it, and writes above them."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
 
 
 def run(main: Callable[[], int]) -> int:
     """Call main() and return an exit code: its own, 1 if Redis cannot serve, 130 after Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=Stderr())
     try:
         code = main()
         sys.stdout.flush()
@@ -53,33 +60,29 @@ def printable(text: str) -> str:
 
 
 def put_all(queue: TaskQueue, tasks: Sequence[Any], delay_seconds: float = 0) -> Iterator[Task]:
-    """Put tasks in batches, and yield them as they are put. On a terminal, a progress bar shows long work."""
+    """Put tasks in batches, and yield them as they are put: if Redis goes away, the ids so far are known."""
     from rich.console import Console  # late: workers use this module too, and need no Rich
     from rich.progress import track
 
-    batches = [tasks[start : start + BATCH] for start in range(0, len(tasks), BATCH)]
-    console = Console(stderr=True)
-    shown: Iterable[Sequence[Any]] = batches
-    if len(batches) > 1 and console.is_terminal:
-        shown = track(batches, description="queueing", console=console, transient=True)
-    for batch in shown:
-        yield from queue.put_many(batch, delay_seconds)
+    batches, console = range(0, len(tasks), BATCH), Console(stderr=True)
+    is_short = len(batches) < 2 or not console.is_terminal
+    for start in track(batches, "queueing", console=console, transient=True, disable=is_short):
+        yield from queue.put_many(tasks[start : start + BATCH], delay_seconds)
 
 
 def print_ids(tasks: Iterable[Task]) -> None:
     """Print the ids: one a line in a pipe; on a terminal with a hint what to do next."""
-    last = None
+    count, on_terminal = 0, sys.stdout.isatty()
     for count, task in enumerate(tasks, start=1):
-        last = task
-        if not sys.stdout.isatty():
+        kind = task.data.get("type") if isinstance(task.data, dict) else None
+        if not on_terminal:
             print(task.id)
         elif count <= NAMED:
-            kind = task.data.get("type") if isinstance(task.data, dict) else None
             print(f"task {task.id}: {printable(str(kind or 'queued'))}")
-    if last is not None and sys.stdout.isatty():
-        if count > NAMED:
-            print(f"… task {last.id}: {count:,} tasks in all")
-        print(f"watch it: python stream_reader.py {last.id}")
+    if on_terminal and count > NAMED:
+        print(f"… task {task.id}: {count:,} tasks in all")
+    if on_terminal and count:
+        print(f"watch it: python stream_reader.py {task.id}")
 
 
 def number(least: float, most: float = math.inf, kind: type[float] = float) -> Callable[[str], float]:
@@ -98,23 +101,18 @@ def number(least: float, most: float = math.inf, kind: type[float] = float) -> C
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that every worker takes: --concurrency, --lease, --burst, --grace, --time-limit."""
-    at_once = "tasks at one time (default 1)"
-    lease = "seconds after which a task whose worker was killed runs again (default 10)"
-    grace = "seconds that running tasks may take to finish after Ctrl-C (default 10)"
-    limit = "seconds that one task may take (default 3600)"
-    parser.add_argument("--concurrency", type=number(1, kind=int), default=1, metavar="N", help=at_once)
-    parser.add_argument("--lease", type=number(1), default=LEASE_SECONDS, metavar="S", help=lease)
-    parser.add_argument("--grace", type=number(0), default=GRACE_SECONDS, metavar="S", help=grace)
-    parser.add_argument("--time-limit", type=number(0.001), default=TIME_LIMIT_SECONDS, metavar="S", help=limit)
+    for option, dest, kind, default, text in (
+        ("--concurrency", "concurrency", number(1, kind=int), 1, "tasks at one time"),
+        ("--lease", "lease_seconds", number(1), LEASE_SECONDS, "seconds until a killed worker's task runs again"),
+        ("--grace", "grace_seconds", number(0), GRACE_SECONDS, "seconds that tasks may take to finish after Ctrl-C"),
+        ("--time-limit", "time_limit_seconds", number(0.001), TIME_LIMIT_SECONDS, "seconds that one task may take"),
+    ):
+        text += f" (default {default:g})"
+        parser.add_argument(option, dest=dest, type=kind, default=default, metavar="N", help=text)
     parser.add_argument("--burst", action="store_true", help="work until nothing waits or runs, then exit")
 
 
 def worker_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the parsed options as keyword arguments for run_worker."""
-    return {
-        "concurrency": args.concurrency,
-        "lease_seconds": args.lease,
-        "burst": args.burst,
-        "grace_seconds": args.grace,
-        "time_limit_seconds": args.time_limit,
-    }
+    names = ("concurrency", "lease_seconds", "burst", "grace_seconds", "time_limit_seconds")
+    return {name: getattr(args, name) for name in names}

