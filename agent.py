@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol
 
 from agent_tools import ToolError, Tools, ToolUnavailable
 from ailf.messaging.redis import AsyncRedisRateLimiter, RedisUnavailable, to_json
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.5  # between two looks whether Redis is back, for an agent that
 DELTA_SECONDS = 0.06  # between two llm_delta entries: words still seem to flow, in fewer than 20 entries a second
 
 Message = dict[str, Any]
-JSON_TYPES: dict[Any, str] = {int: "integer", float: "number", bool: "boolean"}
+Tool = Callable[..., Any]
 SYSTEM = """\
 You are an agent. The user's message is a task, as JSON. Work on it step by step: say in a sentence what you do next and
 why, and call a tool. Once the results are enough, answer without a tool: a summary of what you found or did. If errors
@@ -90,13 +90,13 @@ class Agent:
                 told = f"Nothing was done, because your reply was unusable: {problem}. Try again."
                 messages += [as_result(call, {"error": told}) for call in calls] or [{"role": "user", "content": told}]
                 continue
-            if not calls:
-                await log.add("chain_of_thought", step="concluding", thought=clip(text))
-                await log.add("progress", percent=100, step="done")
-                return {"summary": text, **collect(findings)}
-
-            step = "giving_up" if calls[0].name == "give_up" else "choosing_tool"
+            step = "concluding" if not calls else "giving_up" if calls[0].name == "give_up" else "choosing_tool"
             await log.add("chain_of_thought", step=step, thought=clip(text))
+            if not calls:
+                await log.add("progress", percent=100, step="done")
+                results = [finding["result"] for finding in findings if isinstance(finding["result"], dict)]
+                rows = [{"rows": result["rows"]} for result in results if isinstance(result.get("rows"), int)]
+                return {"summary": text, **(rows[0] if rows else {}), "findings": findings}
             for call in calls:
                 steps += 1
                 outcome = await self.use_tool(call, tools[call.name], f"call-{task.attempt}-{steps}", task, log)
@@ -109,13 +109,17 @@ class Agent:
     async def ask(self, messages: list[Message], tools: Tools, log: TaskLog) -> tuple[str, list[ToolCall]]:
         """Ask the LLM, and let everybody watch the words arrive. All calls to the LLM pass here."""
         await self.await_turn(log)
-        text, calls = "", list[ToolCall]()
-        async for piece in coalesce(self.llm.chat(messages, [schema(name, tool) for name, tool in tools.items()])):
+        text, unsent, calls, sent_at = "", "", list[ToolCall](), time.monotonic()
+        async for piece in self.llm.chat(messages, [schema(name, tool) for name, tool in tools.items()]):
             if isinstance(piece, ToolCall):
                 calls.append(piece)
-            else:
-                await log.add("llm_delta", text=clip(piece))
-                text += piece
+                continue
+            text, unsent = text + piece, unsent + piece
+            if time.monotonic() - sent_at >= DELTA_SECONDS:
+                await log.add("llm_delta", text=clip(unsent))
+                unsent, sent_at = "", time.monotonic()
+        if unsent:
+            await log.add("llm_delta", text=clip(unsent))
         await log.add("llm_response", model=self.llm.model, response=clip(text))
         return text, calls
 
@@ -135,36 +139,34 @@ class Agent:
             told = True
             await asyncio.sleep(min(wait_seconds, LONGEST_WAIT_SECONDS))
 
-    async def use_tool(
-        self, call: ToolCall, tool: Callable[..., Any], call_id: str, task: Task, log: TaskLog
-    ) -> dict[str, Any]:
+    async def use_tool(self, call: ToolCall, tool: Tool, call_id: str, task: Task, log: TaskLog) -> dict[str, Any]:
         """Call a tool between two `tool_usage` entries; return {"result": …}, or {"error": …} for the LLM to read.
 
         Wrong input (ToolError) is told to the LLM, which may know better. ToolUnavailable is raised: the task is
         tried again.
         """
-        if call.name == "give_up":
-            tool(**call.arguments)
-        prefix, action = call.name.split(".", 1)
-        event = {"call_id": call_id, "tool": prefix, "action": action}
-        arguments, own = dict(call.arguments), inspect.signature(tool).parameters.keys() - positional(tool).keys()
+        if tool is give_up:
+            give_up(**call.arguments)
+        name, action = call.name.split(".", 1)
+        event = {"call_id": call_id, "tool": name, "action": action}
+        arguments, own = dict(call.arguments), inspect.getfullargspec(tool).kwonlyargs
         if "message_id" in own:
             # subtle: ours, never the LLM's. A retry of this task gives the same id, so it sends no second email;
             # another task, on another server that counts from 1 as well, does not.
             digest = hashlib.sha256(to_json(task.data).encode()).hexdigest()
             arguments["message_id"] = f"task-{task.id}-{digest[:8]}"
         await log.add("tool_usage", **event, status="started", arguments=clip(arguments))
-        begin = time.monotonic()
+        begin, failure = time.monotonic(), None
         try:
             more = {"check": log.check} if "check" in own else {}
             result = clip(await asyncio.to_thread(tool, **arguments, **more))
         except (ToolError, ToolUnavailable) as error:
-            await log.add("tool_usage", **event, status="failed", result=str(error), duration_ms=elapsed_ms(begin))
-            if isinstance(error, ToolUnavailable):
-                raise
-            return {"error": str(error)}
-        await log.add("tool_usage", **event, status="completed", result=result, duration_ms=elapsed_ms(begin))
-        return {"result": result}
+            failure, result = error, str(error)
+        status, duration_ms = "failed" if failure else "completed", round((time.monotonic() - begin) * 1000)
+        await log.add("tool_usage", **event, status=status, result=result, duration_ms=duration_ms)
+        if isinstance(failure, ToolUnavailable):
+            raise failure
+        return {"error": result} if failure else {"result": result}
 
 
 def check_task(data: Any) -> tuple[TaskType, dict[str, Any]]:
@@ -172,7 +174,7 @@ def check_task(data: Any) -> tuple[TaskType, dict[str, Any]]:
     payload = data.get("payload") if isinstance(data, dict) else None
     if not isinstance(payload, dict):
         raise PermanentFailure(f'expected {{"type": "…", "payload": {{…}}}}, got {to_json(data):.100}')
-    kind = TASK_TYPES.get(data["type"]) if isinstance(data.get("type"), str) else None
+    kind = TASK_TYPES.get(str(data.get("type")))
     if kind is None:
         raise PermanentFailure(f"unknown task type {data.get('type')!r:.100}; known: {', '.join(TASK_TYPES)}")
     for field in kind.fields:
@@ -187,7 +189,7 @@ def find_problem(text: str, calls: list[ToolCall], tools: Tools, findings: list[
         if call.name not in tools:
             return f"there is no tool {call.name}; there are {', '.join(tools)}"
         try:
-            inspect.Signature(list(positional(tools[call.name]).values())).bind(**call.arguments)
+            inspect.Signature(llm_parameters(tools[call.name])).bind(**call.arguments)
         except TypeError as error:  # a missing argument, or one too many
             return f"{call.name}: {error}"
     if not calls and not text.strip():
@@ -195,17 +197,16 @@ def find_problem(text: str, calls: list[ToolCall], tools: Tools, findings: list[
     return "" if calls or findings else "no tool has succeeded yet, so there is nothing to sum up"
 
 
-def positional(tool: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters that the LLM fills in. Keyword-only ones are the agent's own."""
-    parameters = inspect.signature(tool).parameters
-    return {name: parameter for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY}
+def llm_parameters(tool: Tool) -> list[inspect.Parameter]:
+    """Return the parameters that the LLM fills in, all of them text. Keyword-only ones are the agent's own."""
+    return [one for one in inspect.signature(tool).parameters.values() if one.kind is not one.KEYWORD_ONLY]
 
 
-def schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:
+def schema(name: str, tool: Tool) -> dict[str, Any]:
     """Describe a tool as LLM APIs want it: its name, the first line of its docstring, its parameters."""
-    hints, parameters = get_type_hints(tool), positional(tool)
-    properties = {parameter: {"type": JSON_TYPES.get(hints.get(parameter), "string")} for parameter in parameters}
-    required = [parameter.name for parameter in parameters.values() if parameter.default is parameter.empty]
+    parameters = llm_parameters(tool)
+    required = [one.name for one in parameters if one.default is one.empty]
+    properties = {one.name: {"type": "string"} for one in parameters}
     about = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     description = (inspect.getdoc(tool) or "").partition("\n")[0]
     return {"type": "function", "function": {"name": name, "description": description, "parameters": about}}
@@ -213,42 +214,13 @@ def schema(name: str, tool: Callable[..., Any]) -> dict[str, Any]:
 
 def as_message(text: str, calls: list[ToolCall]) -> Message:
     """Write down the LLM's reply as the next message of the conversation."""
-    if not calls:
-        return {"role": "assistant", "content": text}
     functions = [(call.id, {"name": call.name, "arguments": to_json(call.arguments)}) for call in calls]
     tool_calls = [{"id": call_id, "type": "function", "function": function} for call_id, function in functions]
-    return {"role": "assistant", "content": text, "tool_calls": tool_calls}
+    return {"role": "assistant", "content": text} | ({"tool_calls": tool_calls} if calls else {})
 
 
 def as_result(call: ToolCall, outcome: dict[str, Any]) -> Message:
     return {"role": "tool", "tool_call_id": call.id, "content": to_json(outcome)}
-
-
-async def coalesce(
-    pieces: AsyncIterator[str | ToolCall], seconds: float = DELTA_SECONDS, clock: Callable[[], float] = time.monotonic
-) -> AsyncIterator[str | ToolCall]:
-    """Join words until `seconds` have passed, then yield them as one text; yield the rest at the end.
-
-    One XADD a word would be hundreds a second from a fast LLM, more than anybody can read.
-    """
-    waiting, since = "", clock()
-    async for piece in pieces:
-        if isinstance(piece, str):
-            waiting += piece
-        if waiting and (clock() - since >= seconds or isinstance(piece, ToolCall)):
-            yield waiting
-            waiting, since = "", clock()
-        if isinstance(piece, ToolCall):
-            yield piece
-    if waiting:
-        yield waiting
-
-
-def collect(findings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the tools' results for the task's own result, and first of all the number of rows, if one told it."""
-    results = [finding["result"] for finding in findings if isinstance(finding["result"], dict)]
-    rows = [result["rows"] for result in results if isinstance(result.get("rows"), int)]
-    return {"rows": rows[0], "findings": findings} if rows else {"findings": findings}
 
 
 def clip(value: Any) -> Any:
@@ -257,7 +229,3 @@ def clip(value: Any) -> Any:
     if len(text) <= MAX_RESULT_CHARS:
         return value
     return f"{text[:MAX_RESULT_CHARS]} … (truncated: {MAX_RESULT_CHARS} of {len(text)} characters)"
-
-
-def elapsed_ms(begin: float) -> int:
-    return round((time.monotonic() - begin) * 1000)

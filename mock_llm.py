@@ -78,35 +78,26 @@ Decision = tuple[str, ToolCall | None]  # words, and a tool: without one the wor
 def answer(messages: list[Message]) -> Decision:
     """Decide by the task in the first user message and by the results so far."""
     asked = next((message["content"] for message in messages if message["role"] == "user"), "")
+    told = [message for message in messages if message["role"] == "tool"]
+    results = {message["tool_call_id"]: json.loads(message["content"]) for message in told}  # the mock's ids are steps
     try:
         task = json.loads(asked)
         decide = {"process_data": decide_data, "send_email": decide_email}[task["type"]]
-        words, call = decide(task["payload"], results_of(messages))
+        words, call = decide(task["payload"], results)
     except (ValueError, KeyError, TypeError):
         return f"You wrote {len(asked.split())} words, and I am only a mock: ask me about a task that I know.", None
     opening = OPENINGS[int(fraction(json.dumps(messages)) * len(OPENINGS))]
     return (f"{opening} {words}", call) if call else (words, None)
 
 
-def results_of(messages: list[Message]) -> Results:
-    """Return what the tools answered, by the id of the call: the mock uses the step's name as the id."""
-    return {
-        message["tool_call_id"]: json.loads(message["content"]) for message in messages if message["role"] == "tool"
-    }
-
-
-def use(step: str, tool: str, arguments: dict[str, Any], words: str) -> Decision:
-    return words, ToolCall(step, tool, arguments)
-
-
 def give_up(reason: str) -> Decision:
-    return use("give_up", "give_up", {"reason": reason}, "The tool says that this cannot be done.")
+    return "The tool says that this cannot be done.", ToolCall("give_up", "give_up", {"reason": reason})
 
 
 def decide_email(payload: dict[str, Any], results: Results) -> Decision:
     if "send" not in results:
         arguments = {field: payload[field] for field in ("to", "subject", "body")}
-        return use("send", "email_sender.send", arguments, "The email is complete, so I send it as it is.")
+        return "The email is complete, so I send it as it is.", ToolCall("send", "email_sender.send", arguments)
     if "error" in results["send"]:
         return give_up(results["send"]["error"])
     return f"Sent {payload['subject']!r} to {payload['to']}.", None
@@ -120,7 +111,7 @@ def decide_data(payload: dict[str, Any], results: Results) -> Decision:
         ("describe", "Which columns are numbers, which are categories?"),
     ):
         if step not in results:
-            return use(step, f"data_processor.{step}", {"file": file}, words)
+            return words, ToolCall(step, f"data_processor.{step}", {"file": file})
         if "error" in results[step]:
             return give_up(results[step]["error"])
 
@@ -131,13 +122,13 @@ def decide_data(payload: dict[str, Any], results: Results) -> Decision:
         how = "sum" if adds_up(number) else "mean"
         sql = f"SELECT {name(category)}, {how}({name(number)}) AS {how} FROM data GROUP BY 1 ORDER BY 2 DESC NULLS LAST"
         words = f"{category} has few values: the {how} of {number} for each?"
-        return use("groups", "data_processor.query", {"file": file, "sql": sql}, words)
+        return words, ToolCall("groups", "data_processor.query", {"file": file, "sql": sql})
     if number and "outliers" not in results:
         column = name(number)
-        sql = f"SELECT {column} FROM data WHERE abs({column} - (SELECT avg({column}) FROM data)) > "
-        sql += f"3 * (SELECT stddev({column}) FROM data) ORDER BY 1 DESC"
+        far = f"abs({column} - (SELECT avg({column}) FROM data)) > 3 * (SELECT stddev({column}) FROM data)"
+        sql = f"SELECT {column} FROM data WHERE {far} ORDER BY 1 DESC"
         words = f"Is any value of {number} far from the others?"
-        return use("outliers", "data_processor.query", {"file": file, "sql": sql}, words)
+        return words, ToolCall("outliers", "data_processor.query", {"file": file, "sql": sql})
     return summarise(file, category, number, results), None
 
 
@@ -155,18 +146,14 @@ def choose_category(columns: dict[str, Any]) -> str | None:
 
 
 def choose_number(columns: dict[str, Any]) -> str | None:
-    """Return the number column that looks most like money, else the one that varies most."""
-    numbers = [column for column, found in columns.items() if found["type"] == "number"]
-    for word in MONEY:
-        for column in numbers:
-            if word in column.lower():
-                return column
-    return max(reversed(numbers), key=lambda column: spread(columns[column]), default=None)
+    """Return the number column that looks most like money, else the one that varies most, measured by its mean."""
 
+    def interest(column: str) -> tuple[int, float]:
+        words = [-place for place, word in enumerate(MONEY) if word in column.lower()]
+        found = columns[column]
+        return max(words, default=-len(MONEY)), (found.get("stdev") or 0) / abs(found.get("mean") or 1)
 
-def spread(column: dict[str, Any]) -> float:
-    """Return a column's standard deviation as a share of its mean."""
-    return float((column.get("stdev") or 0) / abs(column.get("mean") or 1))
+    return max((column for column in columns if columns[column]["type"] == "number"), key=interest, default=None)
 
 
 def adds_up(column: str) -> bool:
@@ -182,30 +169,22 @@ def summarise(file: str, category: str | None, number: str | None, results: Resu
         return f"{file}: {described['lines']:,} lines, {described['words']:,} words."
     text = f"{file}: {rows} rows"
     column = described["columns"][number] if number else {}
-    figures: dict[str, Any] = {figure: column.get(figure) for figure in ("mean", "min", "max")}
-    if number and adds_up(number):
-        figures["total"] = column.get("sum")
-    if number and None not in figures.values():  # a column without numbers has no figures
+    if number and column.get("mean") is not None:  # a column without numbers has no figures
+        figures = {figure: column[figure] for figure in ("mean", "min", "max")}
+        figures |= {"total": column["sum"]} if adds_up(number) else {}
         text += f"; {number}: " + ", ".join(f"{figure} {in_words(value)}" for figure, value in figures.items())
         if column["missing"]:
             text += f" ({column['count']} of {rows} rows have a value)"
-        text += in_groups(found.get("groups", {}), category, column)
+        groups = [row for row in found.get("groups", {}).get("rows", []) if row[1] is not None]
+        if groups:
+            name, value = groups[0][0] or "(missing)", groups[0][1]
+            if adds_up(number) and column["min"] >= 0 and column["sum"] > 0:  # only then is there a share of a total
+                text += f". Largest share by {category}: {name}, {100 * value / column['sum']:.3g} %"
+            else:
+                text += f". Highest {found['groups']['columns'][1]} by {category}: {name} ({in_words(value)})"
     if "rows" in found.get("outliers", {}):
-        outliers = found["outliers"]
-        text += f". Outliers: {len(outliers['rows']) + outliers.get('rows_left_out', 0)}"
+        text += f". Outliers: {len(found['outliers']['rows']) + found['outliers'].get('rows_left_out', 0)}"
     return text + "."
-
-
-def in_groups(grouped: dict[str, Any], category: str | None, column: dict[str, Any]) -> str:
-    """Name the first group; a share only if there is one: of a total, to which every number adds."""
-    groups = [row for row in grouped.get("rows", []) if row[1] is not None]
-    if not groups:
-        return ""
-    (group, value), how = groups[0], grouped["columns"][1]
-    group = "(missing)" if group is None else group
-    if how == "sum" and column["min"] >= 0 and column["sum"] > 0:
-        return f". Largest share by {category}: {group}, {100 * value / column['sum']:.3g} %"
-    return f". Highest {how} by {category}: {group} ({in_words(value)})"
 
 
 def in_words(number: float) -> str:

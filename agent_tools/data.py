@@ -46,8 +46,6 @@ class DataProcessor:
     with that exception.
     """
 
-    name = "data_processor"
-
     def __init__(self, data_root: Path, seconds: float = SECONDS) -> None:
         self.data_root = data_root
         self.seconds = seconds

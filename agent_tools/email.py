@@ -10,8 +10,7 @@ from contextlib import suppress
 from email.message import EmailMessage
 from email.utils import formatdate, getaddresses, make_msgid
 from pathlib import Path
-from typing import Any
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from .base import Result, ToolError, ToolUnavailable, require_text
 
@@ -22,8 +21,6 @@ LINE_BREAK = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # and all other co
 
 class EmailSender:
     """Send plain-text email: through the SMTP server in smtp_url, or, without one, as files in `outbox`."""
-
-    name = "email_sender"
 
     def __init__(self, outbox: Path, smtp_url: str | None) -> None:
         self.outbox = outbox
@@ -38,7 +35,7 @@ class EmailSender:
         """
         message = compose(to, subject, body, message_id)
         number = str(message["Message-ID"])
-        path = self.outbox / f"{safe_name(message_id or number.strip('<>'))}.eml"
+        path = self.outbox / f"{number.strip('<>').removesuffix('@task-streams')}.eml"
         result = {"to": str(message["To"]), "subject": subject, "message_id": number, "file": str(path)}
         if message_id and path.exists():
             return {**result, "already_sent": True}
@@ -51,16 +48,13 @@ class EmailSender:
         return {**result, "refused": refused} if refused else result
 
 
-def compose(to: Any, subject: Any, body: Any, message_id: Any) -> EmailMessage:
+def compose(to: str, subject: str, body: str, message_id: str | None) -> EmailMessage:
     """Return the message. Raises ToolError for anything that could become a header of its own or isn't an address."""
-    recipients = to if isinstance(to, list) else [to]
-    for text in recipients:
-        require_text(to=text)
-    require_text(subject=subject, body=body, message_id="" if message_id is None else message_id)
-    if any(LINE_BREAK.search(text) for text in [subject, *recipients]):
+    require_text(to=to, subject=subject, body=body, message_id="" if message_id is None else message_id)
+    if LINE_BREAK.search(to + subject):
         raise ToolError("a line break or control character in to or subject; remove it")
-    addresses = [address for _, address in getaddresses(recipients)]
-    for address in addresses or [""]:
+    addresses = [address for _, address in getaddresses([to])]
+    for address in addresses or [to]:
         if not ADDRESS.fullmatch(address):
             raise ToolError(f"not an email address: {address or to!r:.200}; expected name@example.org")
     message = EmailMessage()
@@ -100,27 +94,19 @@ def write_whole(path: Path, content: bytes) -> None:
         raise ToolUnavailable(f"cannot write {path}: {error.strerror}; is the disk full?") from error
 
 
-def parse_url(url: str) -> tuple[SplitResult, int, bool]:
-    """Return an SMTP_URL's parts, its port, and whether it asks for STARTTLS. Its password is never quoted."""
-    try:
-        parts = urlsplit(url)
-        asked = parse_qs(parts.query, True).get("starttls", ["0"])[-1]
-        usual = 465 if parts.scheme == "smtps" else 587 if asked == "1" else 25
-        port = usual if parts.port is None else parts.port
-        (parts.hostname or "").encode("idna")  # as the socket does: "a..b" isn't a host
-        # subtle: starttls=yes must not mean "no", which would send the password in the clear
-        if parts.hostname and port and parts.scheme in ("smtp", "smtps") and asked in ("0", "1"):
-            return parts, port, asked == "1" and parts.scheme == "smtp"
-    except ValueError:  # subtle: its text may quote a part of the password
-        pass
-    raise ToolError("SMTP_URL is not like smtp://user:password@host:587?starttls=1 or smtps://host") from None
-
-
 def send_by_smtp(message: EmailMessage, url: str) -> list[str]:
     """Hand a message to smtp://user:password@host:port?starttls=1 or smtps://…; return the refused recipients."""
-    parts, port, starttls = parse_url(url)
-    host, password = parts.hostname or "", unquote(parts.password or "")
-    where = f"{parts.scheme}://{host}:{port}"
+    try:
+        parts = urlsplit(url)
+        starttls = parse_qs(parts.query, keep_blank_values=True).get("starttls", ["0"])[-1]
+        usual = 465 if parts.scheme == "smtps" else 587 if starttls == "1" else 25
+        host, port = parts.hostname or "", usual if parts.port is None else parts.port
+        # subtle: starttls=yes must not mean "no", which would send the password in the clear
+        is_valid = host and port and parts.scheme in ("smtp", "smtps") and starttls in ("0", "1")
+    except ValueError:  # subtle: its text may quote a part of the password
+        is_valid = False
+    if not is_valid:
+        raise ToolError("SMTP_URL is not like smtp://user:password@host:587?starttls=1 or smtps://host")
     tls = ssl.create_default_context()  # subtle: without it smtplib believes any certificate
     try:
         if parts.scheme == "smtps":
@@ -128,29 +114,18 @@ def send_by_smtp(message: EmailMessage, url: str) -> list[str]:
         else:
             server = smtplib.SMTP(host, port, timeout=SMTP_SECONDS)
         try:
-            if starttls:
+            if starttls == "1" and parts.scheme == "smtp":
                 server.starttls(context=tls)
             if parts.username:
-                server.login(unquote(parts.username), password)
+                server.login(unquote(parts.username), unquote(parts.password or ""))
             return list(server.send_message(message))
         finally:
             # subtle: not `with server`, which raises on a bad answer to QUIT, when the message is long sent
             with suppress(smtplib.SMTPException, OSError):
                 server.quit()
-    except UnicodeError:  # subtle: it holds the whole login; smtplib sends ASCII
-        raise ToolError(f"{where}: user or password in SMTP_URL is not ASCII; change it") from None
-    except smtplib.SMTPNotSupportedError as error:
-        raise ToolError(f"{where}: {error}; change SMTP_URL") from None
-    except smtplib.SMTPRecipientsRefused as error:
-        codes = [code for code, _ in error.recipients.values()]
-        who = f"{where} refused {', '.join(error.recipients)} ({codes[0]}); check the address"
-        raise (ToolError if min(codes) >= 500 else ToolUnavailable)(who) from None
-    except smtplib.SMTPResponseException as error:
-        said = str(error.smtp_error, "utf-8", "replace") if isinstance(error.smtp_error, bytes) else ""
-        if isinstance(error, smtplib.SMTPAuthenticationError):
-            said = "to the login; check user and password"  # subtle: some servers repeat the password, or its base64
-        said = said.replace(password, "***") if password else said
-        kind = ToolError if error.smtp_code >= 500 else ToolUnavailable
-        raise kind(f"{where} answered {error.smtp_code} {said}") from None
-    except (smtplib.SMTPException, OSError) as error:
-        raise ToolUnavailable(f"cannot reach {where}: {error}. Is SMTP_URL right, the server up?") from None
+    except (smtplib.SMTPException, OSError, UnicodeError) as error:
+        # subtle: without the error's text. A server may repeat the password, and a UnicodeError holds the whole login.
+        codes = [code for code, _ in getattr(error, "recipients", {}).values()] or [getattr(error, "smtp_code", 0)]
+        told = f"{type(error).__name__} {min(codes) or ''}".strip()
+        kind = ToolError if min(codes) >= 500 or isinstance(error, UnicodeError) else ToolUnavailable
+        raise kind(f"{parts.scheme}://{host}:{port}: {told}; check SMTP_URL, the server and the address") from None

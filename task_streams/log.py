@@ -69,18 +69,21 @@ class TaskLog:
         if event in keys.TERMINAL:
             raise ValueError(f"{event!r} is written by the worker: return the result, or raise an exception")
         await self._pipe.ready()
-        return await self._append(event, fields)
+        return await self.add_always(event, **fields)
 
     async def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even if the handler may append no more: the worker's way to say why."""
-        return await self._append(event, fields)
+        # subtle: in a task of its own, so that it is written whatever becomes of the coroutine that asked for it
+        return await asyncio.shield(asyncio.create_task(self._write(self._prepare(event, fields))))
 
     async def end(self, event: str, result: Any, /, **fields: Any) -> None:
         """Append the terminal event and close the task's record with `result`. Nothing can be appended after it.
 
-        For the worker. Raises LeaseLost, and ValueError or TypeError for what JSON cannot hold.
+        For the worker, which must not cancel it. Raises LeaseLost, and ValueError or TypeError for what JSON cannot hold.
         """
-        await self._append(event, fields, result)
+        pairs = self._prepare(event, fields)
+        self._closed = StreamEnded(event)
+        await self._write(pairs, event, result)
 
     def check(self) -> None:
         """Raise what add() would raise, without writing: for a handler that waits."""
@@ -98,18 +101,13 @@ class TaskLog:
         """Whether this worker must believe that it holds the task no more."""
         return self.is_lost or time.monotonic() > self.deadline
 
-    async def _append(self, event: str, fields: dict[str, Any], result: Any = None) -> str:
+    def _prepare(self, event: str, fields: dict[str, Any]) -> list[str]:
         if self._closed is not None:
             raise self._closed
-        pairs = entry_fields(event, fields)
-        if event in keys.TERMINAL:
-            self._closed = StreamEnded(event)
-        # subtle: in a task of its own, so that it is written whatever becomes of the coroutine that asked for it
-        return await asyncio.shield(asyncio.create_task(self._write(event, pairs, result)))
+        return entry_fields(event, fields)
 
-    async def _write(self, event: str, pairs: list[str], result: Any) -> str:
-        """XADD an entry with the same bytes until its outcome is known; after a terminal one, close the record."""
-        is_end = event in keys.TERMINAL
+    async def _write(self, pairs: list[str], ending: str = "", result: Any = None) -> str:
+        """XADD an entry with the same bytes until its outcome is known; if it ends the task, close the record."""
         async with self._in_order:
             if self._has_ended:  # an append that was asked for before the end, by a coroutine that nobody awaited
                 raise StreamEnded("the task has ended")
@@ -119,9 +117,9 @@ class TaskLog:
                     if self.is_over:
                         raise LeaseLost(f"the lease of task {self.task_id} is over")
                     try:
-                        if not (is_end and self._pipe.is_one_server):  # there `finish` writes it in the same call
+                        if not (ending and self._pipe.is_one_server):  # there `finish` writes it in the same call
                             await self._xadd(entry_id, pairs)
-                        if is_end and not await self._claims.finish(self._task, event, result, entry_id, pairs):
+                        if ending and not await self._claims.finish(self._task, ending, result, entry_id, pairs):
                             raise LeaseLost(f"task {self.task_id} is held by somebody else now")
                         break
                     except REDIS_ERRORS as error:
@@ -132,7 +130,7 @@ class TaskLog:
                 self.is_lost, self._closed = True, lost
                 raise
             self.seq += 1
-            self._has_ended = is_end
+            self._has_ended = bool(ending)
             return entry_id
 
     async def _xadd(self, entry_id: str, pairs: list[str]) -> None:

@@ -890,11 +890,9 @@ def test_large_file_fits_into_the_memory(data: Data, name: str, blocks: int) -> 
 
 # -- the registry, and the samples --------------------------------------------------------------------------
 def test_tools_have_names_and_descriptions(tmp_path: Path) -> None:
-    """Each tool is named <class's name>.<method's name>; its first docstring line tells what it does."""
-    tools = make_tools(tmp_path, tmp_path / "outbox", None)
-
-    for name, tool in tools.items():
-        assert name == f"{tool.__self__.name}.{tool.__name__}"  # type: ignore[attr-defined]
+    """Each tool is named <what>.<method's name>; its first docstring line tells what it does."""
+    for name, tool in make_tools(tmp_path, tmp_path / "outbox", None).items():
+        assert name.endswith(f".{tool.__name__}")
         assert (inspect.getdoc(tool) or "").partition("\n")[0].endswith(".")
 
 

@@ -45,10 +45,10 @@ def test_email_becomes_a_file(outbox: Path, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize(
     "to",
-    [["a@example.org", "b@example.org"], "a@example.org, b@example.org", "Ann <a@example.org>,b@example.org"],
+    ["a@example.org, b@example.org", "Ann <a@example.org>,b@example.org"],
 )
-def test_several_recipients(outbox: Path, to: str | list[str]) -> None:
-    """Recipients are a list, or text with commas; names beside the addresses are left out."""
+def test_several_recipients(outbox: Path, to: str) -> None:
+    """Recipients have commas between them; names beside the addresses are left out."""
     result = EmailSender(outbox, None).send(to, "s", "b")
 
     assert read(result["file"])["To"] == "a@example.org, b@example.org"
@@ -107,7 +107,8 @@ def test_message_ids_that_look_alike_are_two(outbox: Path) -> None:
         {"body": "\ud800"},
         {"body": {"text": "x"}},
         {"to": "a@example.org\nBcc: victim@example.org"},
-        {"to": ["a@example.org", "b@example.org\r\nX: y"]},
+        {"to": "a@example.org, b@example.org\r\nX: y"},
+        {"to": "Ann\n <a@example.org>"},
         {"to": "nobody"},
         {"to": "a@b@c"},
         {"to": ""},
@@ -212,7 +213,7 @@ def smtp_server(answers: dict[str, str] | None = None) -> Iterator[Any]:
 def test_smtp_server_gets_the_message(outbox: Path) -> None:
     """The server is told every recipient, and gets the message with its non-ASCII body."""
     with smtp_server() as server:
-        EmailSender(outbox, server.url).send(["a@example.org", "b@example.org"], "Grüße", "ü" * 2000)
+        EmailSender(outbox, server.url).send("a@example.org, b@example.org", "Grüße", "ü" * 2000)
 
     message = message_from_bytes(server.messages[0], policy=policy.default)
     assert isinstance(message, EmailMessage)
@@ -276,30 +277,28 @@ def test_some_refused_recipients_are_named(outbox: Path) -> None:
     assert len(server.messages) == 1
 
 
-@pytest.mark.parametrize(("answer", "kind"), [("535 pa$s/word", ToolError), ("454 wait", ToolUnavailable)])
-def test_password_is_sent_and_never_shown(outbox: Path, answer: str, kind: type[Exception]) -> None:
-    """The password of SMTP_URL (with its escapes) goes to the server only, even if the server repeats it."""
-    with smtp_server({"AUTH": answer}) as server, pytest.raises(kind) as caught:
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [
+        ({"AUTH": "535 no pa$s/word"}, ToolError),
+        ({"AUTH": "535 AHVzZXIAcGEkcy93b3Jk"}, ToolError),
+        ({"AUTH": "454 wait, pa$s/word"}, ToolUnavailable),
+        ({"MAIL": "550 pa$s/word"}, ToolError),
+    ],
+)
+def test_password_is_sent_and_never_shown(outbox: Path, answers: dict[str, str], kind: type[Exception]) -> None:
+    """The password of SMTP_URL goes to the server only, even if the server repeats it, as it is or in base64."""
+    with smtp_server(answers) as server, pytest.raises(kind) as caught:
         url = server.url.replace("smtp://", "smtp://user:pa%24s%2Fword@")
         EmailSender(outbox, url).send("a@example.org", "s", "b")
 
     assert any(command.startswith("AUTH PLAIN") for command in server.commands)
-    assert "pa$s" not in str(caught.value) and "pa%24s" not in str(caught.value)
-
-
-@pytest.mark.parametrize("word", ["pa$s/word", "AHVzZXIAcGEkcy93b3Jk"])
-def test_answer_to_the_login_is_not_repeated(outbox: Path, word: str) -> None:
-    """A server may quote what it was sent, as it is or in base64: of its answer only the code is shown."""
-    with smtp_server({"AUTH": f"535 no {word}"}) as server, pytest.raises(ToolError, match="535") as caught:
-        url = server.url.replace("smtp://", "smtp://user:pa%24s%2Fword@")
-        EmailSender(outbox, url).send("a@example.org", "s", "b")
-
-    assert word not in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("pa$s", "pa%24s", "AHVzZX"))
 
 
 def test_login_that_is_not_ascii_is_refused(outbox: Path) -> None:
     """smtplib cannot send such a login: a ToolError, in which (and behind which) no password stands."""
-    with smtp_server() as server, pytest.raises(ToolError, match="not ASCII") as caught:
+    with smtp_server() as server, pytest.raises(ToolError, match="UnicodeEncodeError") as caught:
         url = server.url.replace("smtp://", "smtp://user:gehe%C3%ADm@")
         EmailSender(outbox, url).send("a@example.org", "s", "b")
 
@@ -319,7 +318,7 @@ def test_misspelt_starttls_is_refused_before_connecting(outbox: Path, asked: str
 
 def test_starttls_that_is_not_offered_is_refused(outbox: Path) -> None:
     """A message (and a password) that should be encrypted is not sent in the clear."""
-    with smtp_server() as server, pytest.raises(ToolError, match="STARTTLS"):
+    with smtp_server() as server, pytest.raises(ToolUnavailable, match="SMTPNotSupportedError"):
         EmailSender(outbox, server.url + "?starttls=1").send("a@example.org", "s", "b")
 
     assert server.messages == []
@@ -331,7 +330,7 @@ def test_unreachable_server_is_unavailable(outbox: Path) -> None:
         probe.bind(("127.0.0.1", 0))  # and does not listen, so that connecting is refused
         port = probe.getsockname()[1]
 
-        with pytest.raises(ToolUnavailable, match=f"cannot reach smtp://127.0.0.1:{port}"):
+        with pytest.raises(ToolUnavailable, match=f"smtp://127.0.0.1:{port}: ConnectionRefusedError"):
             EmailSender(outbox, f"smtp://u:secret@127.0.0.1:{port}").send("a@example.org", "s", "b")
 
 
@@ -346,7 +345,6 @@ def test_unreachable_server_is_unavailable(outbox: Path) -> None:
         "smtp://h:99999",
         "smtp://h:0",
         "smtp://h:x",
-        "smtp://a..b",
     ],
 )
 def test_unfit_smtp_url_is_refused(outbox: Path, url: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import agent_consumer
-from agent import MAX_RESULT_CHARS, MAX_STEPS, Agent, coalesce, schema
+from agent import MAX_RESULT_CHARS, MAX_STEPS, Agent, schema
 from agent_tools import ToolError, ToolUnavailable, make_tools
 from ailf.messaging.redis import RedisUnavailable
 from ailf.messaging.redis.rate_limiter import Decision
@@ -187,47 +187,33 @@ def test_same_task_gives_the_same_events(shop: Path) -> None:
 # Words, joined
 
 
-class Clock:
-    """A clock that only moves when told."""
-
+def deltas(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[str]:
+    """The texts of the llm_delta entries, if so many seconds pass before each word."""
     now = 0.0
 
-    def __call__(self) -> float:
-        return self.now
+    class SlowLLM(ScriptedLLM):
+        async def chat(self, messages: Any, tools: Any) -> AsyncIterator[str | ToolCall]:
+            nonlocal now
+            for n, gap in enumerate(seconds):
+                now += gap
+                yield f"{n} "
+            yield GIVE_UP[1]
+
+    monkeypatch.setattr("agent.time.monotonic", lambda: now)
+    log = FakeLog()
+    asyncio.run(Agent(SlowLLM(), {}).ask([], {}, log))  # type: ignore[arg-type]
+    return [delta["text"] for delta in log.of("llm_delta")]
 
 
-async def spoken(clock: Clock, gaps: list[float]) -> AsyncIterator[str]:
-    for n, gap in enumerate(gaps):
-        clock.now += gap
-        yield f"{n} "
-
-
-def coalesced(pieces: AsyncIterator[str], **options: Any) -> list[Any]:
-    async def collect() -> list[Any]:
-        return [piece async for piece in coalesce(pieces, **options)]  # type: ignore[arg-type]
-
-    return asyncio.run(collect())
-
-
-def test_coalesce_joins_words_that_come_close_together() -> None:
+def test_words_that_come_close_together_are_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words are held until the interval has passed, then come as one text; the rest comes at the end."""
-    clock = Clock()
-
-    texts = coalesced(spoken(clock, [0.02, 0.02, 0.02, 0.5, 0.01]), seconds=0.05, clock=clock)
-
-    assert texts == ["0 1 2 ", "3 ", "4 "]
+    assert deltas(monkeypatch, [0.02, 0.02, 0.03, 0.5, 0.01]) == ["0 1 2 ", "3 ", "4 "]
+    assert deltas(monkeypatch, []) == []
 
 
-def test_coalesce_of_nothing_is_nothing() -> None:
-    """An LLM that says nothing causes no empty entry."""
-    assert coalesced(spoken(Clock(), []), clock=Clock()) == []
-
-
-def test_coalesce_writes_at_most_20_entries_a_second() -> None:
-    """A fast LLM, 1000 words in a second, comes as at most 20 texts, and no word is lost."""
-    clock = Clock()
-
-    texts = coalesced(spoken(clock, [0.001] * 1000), clock=clock)
+def test_fast_llm_writes_at_most_20_entries_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 words in a second come as at most 20 texts, and no word is lost."""
+    texts = deltas(monkeypatch, [0.001] * 1000)
 
     assert 10 <= len(texts) <= 20
     assert "".join(texts).split() == [str(n) for n in range(1000)]

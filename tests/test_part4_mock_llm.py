@@ -170,7 +170,7 @@ def test_data_task_begins_with_loading_and_describing_the_file() -> None:
             'SELECT "shop", sum("revenue_eur") AS sum FROM data GROUP BY 1 ORDER BY 2 DESC NULLS LAST',
         ),
         (
-            {"shop": text(3), "height": number(), 'we"ight': number()},
+            {"shop": text(3), "height": number(stdev=1), 'we"ight': number(stdev=2)},
             'SELECT "shop", mean("we""ight") AS mean FROM data GROUP BY 1 ORDER BY 2 DESC NULLS LAST',
         ),
         (
@@ -179,10 +179,10 @@ def test_data_task_begins_with_loading_and_describing_the_file() -> None:
             " ORDER BY 1 DESC",
         ),
     ],
-    ids=["money of the first category", "mean of the last number", "no category"],
+    ids=["money of the first category", "mean of the number that varies most", "no category"],
 )
 def test_sql_is_written_for_the_columns(columns: dict[str, Any], sql: str) -> None:
-    """It groups money by the first category; without money the mean of the last number; else it looks for outliers."""
+    """It groups money by the first category; without money the mean of what varies most; else it looks for outliers."""
     assert next_call(FILE, **described(**columns)) == ("data_processor.query", {"file": "shop.csv", "sql": sql})
 
 
