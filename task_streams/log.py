@@ -79,7 +79,7 @@ class TaskLog:
     async def end(self, event: str, result: Any, /, **fields: Any) -> None:
         """Append the terminal event and close the task's record with `result`. Nothing can be appended after it.
 
-        For the worker, which must not cancel it. Raises LeaseLost, and ValueError or TypeError for what JSON cannot hold.
+        For the worker, which must not cancel it. Raises LeaseLost; ValueError or TypeError for what JSON cannot hold.
         """
         pairs = self._prepare(event, fields)
         self._closed = StreamEnded(event)
