@@ -80,7 +80,7 @@ class Tasks:
         if before is not None:
             order = list(statuses)
             if before not in statuses:
-                raise NoSuchTask(f"no task {before} in the list")
+                raise NoSuchTask(before)
             newer = set(order[: order.index(before) + 1])
             ids = [task_id for task_id in ids if task_id not in newer]
         shown = ids[:limit]
@@ -105,7 +105,7 @@ class Tasks:
         if "status" not in record:
             if self.queue.is_listed(task_id):  # pushed by hand, and not claimed yet
                 return {**self._describe(task_id, {"status": "waiting"}, self._listed()), "result": None}
-            raise NoSuchTask(f"no task {task_id}: it was never put, or it finished long ago")
+            raise NoSuchTask(task_id)
         task = self._describe(task_id, record, self._listed() if record["status"] == "waiting" else {})
         return {**task, "result": _decoded(record).get("result")}
 

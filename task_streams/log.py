@@ -74,7 +74,9 @@ class TaskLog:
     async def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even if the handler may append no more: the worker's way to say why."""
         # subtle: in a task of its own, so that it is written whatever becomes of the coroutine that asked for it
-        return await asyncio.shield(asyncio.create_task(self._write(self._prepare(event, fields))))
+        writing = asyncio.create_task(self._write(self._prepare(event, fields)))
+        writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else may look
+        return await asyncio.shield(writing)
 
     async def end(self, event: str, result: Any, /, **fields: Any) -> None:
         """Append the terminal event and close the task's record with `result`. Nothing can be appended after it.

@@ -289,7 +289,8 @@ class Load:
             # -SIGTERM: it had only just been started
             assert worker.wait(timeout=60) in (0, -signal.SIGTERM), self.last_words(worker)
         tracebacks = re.findall(r"Traceback .*\n(?: .*\n)+.+", self.said())
-        assert [text for text in tracebacks if not text.endswith("RuntimeError: once, as told")] == []
+        unexpected = [text for text in tracebacks if not text.endswith("RuntimeError: once, as told")]
+        assert unexpected == [], "\n".join(unexpected)
         assert len(self.history.puts) > 10, "there was no load"
         return self.history.read_server(self.client).read_journals(self._journals())
 
