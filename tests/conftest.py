@@ -83,7 +83,7 @@ def wait_until(predicate: Callable[[], object], what: str, seconds: float = DEAD
         time.sleep(0.02)
 
 
-PORTS = 1_500  # for each of eight processes
+PORTS = 1_250  # for each of eight processes; subtle: 10,000 in all, since a port's neighbour 10,000 above is taken, too
 
 
 def free_port() -> int:

@@ -541,7 +541,7 @@ def test_command_without_a_server_says_so_in_one_line(admin: Admin, commands: li
 def test_paused_server_is_one_line(admin: Admin, valkey: Server, commands: list[tuple[str, ...]]) -> None:
     """It is given up as the connection policy says: exit code 1."""
     valkey.send(signal.SIGSTOP)
-    for command in commands:
+    for command in (commands[0], commands[-1]):  # one that only looks, and import, which would start a server
         result = admin(*command)
 
         assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1), command
