@@ -62,14 +62,15 @@ def events_of(args: argparse.Namespace, redis: Client) -> Iterator[tuple[str, Ev
     cursors = dict.fromkeys(args.ids, args.since)  # task id -> the entry to continue after; follow() keeps it current
     known: dict[str, float] = {}
     if args.all:
-        recent, unfinished = (redis.zrange(key, 0, -1) for key in (keys.RECENT, keys.UNFINISHED))
-        known = dict.fromkeys(set(recent) - set(unfinished), 0.0)  # they have ended
+        unfinished = redis.zrange(keys.UNFINISHED, 0, -1)
+        cursors = dict.fromkeys(unfinished, args.since)
+        known = dict.fromkeys(unfinished, 0.0) | dict(redis.zrange(keys.RECENT, 0, -1, withscores=True))
         cursors[""] = "$"  # subtle: no task has this id, so follow() goes on even if all others have ended
 
     def read(streams: dict[str, str], block_ms: int) -> Any:
         """Read from all streams at once, each after its cursor: {"task_logs:7": "1700000000000-7", …}"""
         if args.all and (new := new_tasks(redis, known)):
-            cursors.update(dict.fromkeys(new, args.since))
+            cursors.update(dict.fromkeys(new, "0"))  # whatever --since says, their entries are later
             return []  # follow() comes back at once, with the new streams
         return redis.xread(streams, count=PAGE, block=None if args.no_follow else block_ms)
 

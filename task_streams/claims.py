@@ -152,6 +152,7 @@ def claim_steps(
             begun = yield load("start"), [keys.stream(task.id)], about
             if begun[0] == "lost":  # by its token the task is ours all the same
                 [reply] = yield claim([(task, text)], begun[1])
+                first_transient([reply])
                 continue
             if begun[0] == "ok":
                 reply[3], reply[8] = begun[1], begun[3]
@@ -219,6 +220,7 @@ class Claims:
     def __init__(self, pipe: AnyPipeline, worker: str, lease_seconds: float = LEASE_SECONDS) -> None:
         self.pipe, self.worker, self.lease_seconds = pipe, worker, lease_seconds
         self._ends: list[tuple[End, asyncio.Future[bool]]] = []  # of this turn of the event loop
+        self._sending: set[asyncio.Task[None]] = set()
 
     async def claim(self, elements: Sequence[tuple[bytes, str]]) -> list[Task]:
         """Claim the tasks of popped elements, each with a token of its own; return those that are ours now.
@@ -255,7 +257,7 @@ class Claims:
     async def finish(self, task: Task, event: str, result: Any, entry_id: str = "", fields: Sequence[str] = ()) -> bool:
         """Close a task's record. With `entry_id` on one server, write its terminal event too. False: lease lost.
 
-        The ends of one turn of the event loop share a call. Whoever comes first sends it, so it must not be cancelled.
+        The ends of one turn of the event loop share a call.
         """
         end = End(task, event, result, entry_id, fields)
         if not (entry_id and self.pipe.is_one_server):  # the stream has its end, and may be on another node
@@ -264,14 +266,19 @@ class Claims:
             if isinstance(reply, Exception):
                 raise reply
             return bool(reply)
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        if not self._ends:
+            loop.call_soon(self._send_ends)
+        done: asyncio.Future[bool] = loop.create_future()
         self._ends.append((end, done))
-        if len(self._ends) == 1:
-            await asyncio.sleep(0)
-            ends, self._ends = self._ends, []
-            batches = [ends[at : at + MOST_TOGETHER] for at in range(0, len(ends), MOST_TOGETHER)]
-            await asyncio.gather(*map(self._finish_all, batches))
         return await done
+
+    def _send_ends(self) -> None:
+        ends, self._ends = self._ends, []
+        for at in range(0, len(ends), MOST_TOGETHER):
+            task = asyncio.create_task(self._finish_all(ends[at : at + MOST_TOGETHER]))
+            self._sending.add(task)  # subtle: asyncio itself would not keep it
+            task.add_done_callback(self._sending.discard)
 
     async def _finish_all(self, ends: list[tuple[End, "asyncio.Future[bool]"]]) -> None:
         try:
@@ -279,9 +286,9 @@ class Claims:
         except Exception as error:  # whatever it is, everybody who waits gets it
             replies = [error] * len(ends)
         for (_, done), reply in zip(ends, replies, strict=True):
-            if isinstance(reply, Exception):
+            if isinstance(reply, Exception) and not done.done():
                 done.set_exception(reply)
-            else:
+            elif not done.done():
                 done.set_result(bool(reply))
 
     async def release(self, task: Task, delay_seconds: float | None = None, is_lost: bool = False) -> bool:

@@ -53,7 +53,7 @@ class Consumer:
 
     async def __aenter__(self) -> "Consumer":
         client = await asyncio.to_thread(connect, self._url)
-        # the heartbeat's; subtle: like this, bytes in a record that are not UTF-8 cost no task its lease
+        # the heartbeat's. subtle: it takes bytes that aren't UTF-8, so a record that has some costs no task its lease
         self.queue = TaskQueue(blocking_client(client, 0), patience_seconds=0)
         client.close()
         client = await connect_async(self._url)
@@ -171,15 +171,15 @@ class Consumer:
             logger.exception("task %s cannot be ended; it is left to its lease", task)
         return True
 
-    async def release(self, job: Job, delay_seconds: float | None = None, patience_seconds: float = 0) -> bool | None:
+    async def release(self, job: Job, delay_seconds: float | None = None) -> bool | None:
         """Hand a task back, to be popped next; or with a delay count a failure and let it rest. False: lease lost.
 
-        While Redis is away it waits; if this process is told to stop, patience_seconds at most: then None.
+        While Redis is away it waits; if this process is told to stop, PATIENCE_SECONDS at most: then None.
         """
         job.log.stop(StreamEnded("this attempt has ended"))
         release = functools.partial(self.claims.release, job.task, delay_seconds)
         try:
-            return await self.insist("write", release, patience_seconds)
+            return await self.insist("write", release, PATIENCE_SECONDS)
         finally:
             self.held.pop(job.task.token, None)
 

@@ -93,6 +93,7 @@ class Heartbeat:
             self._watch_loop(now)
             for one in list(self.held.values()):
                 if one.log.is_over:  # also while Redis is away: this worker trusts its own clock
+                    one.log.is_lost = True
                     self._tell(self.on_stop, one, LeaseLost(f"the lease of task {one.task} is over"))
                 elif now > one.began + self.time_limit_seconds:
                     self._tell(self.on_stop, one, OutOfTime(f"did not finish within {self.time_limit_seconds:g} s"))
@@ -129,7 +130,7 @@ class Heartbeat:
     def _renew(self) -> None:
         sent = time.monotonic()
         longest = self.time_limit_seconds + 2 * STUBBORN_SECONDS
-        held = [one for one in list(self.held.values()) if sent < one.began + longest]
+        held = [one for one in list(self.held.values()) if sent < one.began + longest and not one.log.is_lost]
         for at in range(0, len(held), 500):
             some = held[at : at + 500]
             replies = self.queue.heartbeat([(one.task, one.log.seq) for one in some], self.lease_seconds)

@@ -73,9 +73,10 @@ class TaskLog:
 
     async def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even if the handler may append no more: the worker's way to say why."""
-        # subtle: in a task of its own, so that it is written whatever becomes of the coroutine that asked for it
+        # subtle: in a task of its own, so that it is written whatever becomes of the coroutine that asked for it. If
+        # that is cancelled, nobody else looks at the task's error.
         writing = asyncio.create_task(self._write(self._prepare(event, fields)))
-        writing.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else may look
+        writing.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(writing)
 
     async def end(self, event: str, result: Any, /, **fields: Any) -> None:

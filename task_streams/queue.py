@@ -131,18 +131,19 @@ class TaskQueue:
         if not 0 <= delay_seconds <= LONGEST_DELAY_SECONDS:
             raise ValueError(f"a delay of {delay_seconds:g} s is not between 0 and {LONGEST_DELAY_SECONDS:,}")
         send = self._run_and_wait if self.wait_replicas else functools.partial(run, self.redis)
+        own = None if ids is None else map(check_id, ids)
         tasks: list[Task] = []
         for batch in _batches(map(_check_data, items)):
             while batch:
-                names = ids or self._draw_ids(len(batch))
+                names = self._draw_ids(len(batch)) if own is None else list(itertools.islice(own, len(batch)))
                 script_keys = [keys.QUEUE, keys.LEASES, keys.UNFINISHED, keys.RECENT, *map(keys.record, names)]
                 args: list[Any] = [RECENT_TASKS, int(delay_seconds * 1000), secrets.token_hex(8)]
                 for task_id, data in zip(names, batch, strict=True):
                     args += (task_id, id_json(task_id), data)
                 put = load("put"), script_keys, args
                 known = repeat(functools.partial(send, put), self.patience_seconds)
-                batch, done = [], zip(names, batch, known, strict=True)
-                for task_id, data, found in done:
+                replies, batch = list(zip(names, batch, known, strict=True)), []
+                for task_id, data, found in replies:
                     if isinstance(found, Exception) and ids:
                         raise found
                     if found == "" or ids:
@@ -269,7 +270,10 @@ class TaskQueue:
                         left += 1
                         continue
                     pairs.append((task_id, self._put_again(task_id, data)))
-                except (ValueError, TypeError, KeyError, RecursionError):  # anybody can LPUSH anything
+                except (ValueError, TypeError, KeyError, RecursionError, ResponseError) as error:
+                    if is_transient(error):
+                        raise
+                    # anybody can LPUSH anything, and spoil any record
                     left, others = left + 1, others + 1
                     continue
                 self.redis.lrem(keys.DEAD, -1, letter)
@@ -290,7 +294,7 @@ class TaskQueue:
         base, number = (old[: found.start()], int(found[1])) if (found := _REQUEUED.search(old)) else (old, 1)
         while True:
             number += 1
-            [task] = self.put_many([data], ids=[check_id(f"{base}.r{number}")])
+            [task] = self.put_many([data], ids=[f"{base}.r{number}"])
             if task.is_new or task.data == data:  # else somebody pushed that id by hand
                 return task
 

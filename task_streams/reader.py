@@ -175,25 +175,20 @@ class Cursor:
         return notice
 
 
-# Streams with the entry ids after which to read, and ms to block -> XREAD's reply.
-Read = Callable[[dict[str, str], int], Any]
-
-
-def xread(redis: Client) -> Read:
-    """Return the call that reads streams with XREAD BLOCK."""
-    return lambda streams, block_ms: redis.xread(streams, count=PAGE, block=block_ms)
-
-
 def follow(
-    cursors: dict[str, str], blocking: Client, timeout_seconds: float | None = None, read: Read | None = None
+    cursors: dict[str, str],
+    blocking: Client,
+    timeout_seconds: float | None = None,
+    read: Callable[[dict[str, str], int], Any] | None = None,
 ) -> Iterator[tuple[str, Event | None]]:
     """Yield (task id, event) of several streams over one connection, until all have ended.
 
-    `cursors` maps task ids to entry ids; the caller owns it and may add tasks while following. After BLOCK_SECONDS
-    without an event comes ("", None), so that the caller can look around. `blocking` is a blocking_client; `read` is
-    how it is asked, by XREAD. See LogReader.follow for the rest.
+    `cursors` maps task ids to entry ids; the caller owns it and may add tasks while following. After a read without an
+    event, at least once in BLOCK_SECONDS, it yields ("", None), so that the caller can look around. `blocking` is a
+    blocking_client. `read` gets the streams, each with the entry id after which to read, and ms to block, and returns
+    XREAD's reply. See LogReader.follow for the rest.
     """
-    read = read or xread(blocking)
+    read = read or (lambda streams, block_ms: blocking.xread(streams, count=PAGE, block=block_ms))
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     at: dict[str, Cursor] = {}
     look_at = 0.0  # time.monotonic() at which to look at the ends of all streams
@@ -245,7 +240,7 @@ def _look(
     task_ids: list[str], cursors: dict[str, str], at: dict[str, Cursor], redis: Client
 ) -> Iterator[tuple[str, Event]]:
     """Look at the ends of streams: begin to read the new ones, yield a `reset` for those that end before the cursor,
-    and drop those of which there is nothing more to come."""
+    and drop those that have ended."""
     with redis.pipeline(transaction=False) as pipe:
         for task_id in task_ids:  # subtle: in this order, since a task may begin and end between the two
             pipe.hget(keys.record(task_id), "status")

@@ -25,7 +25,7 @@ from . import keys
 from .claims import LEASE_SECONDS, MOST_TOGETHER, Task
 from .consuming import PATIENCE_SECONDS, SILENCE_SECONDS, Consumer
 from .leases import STUBBORN_SECONDS, Job, OutOfTime
-from .log import BlockingLog, LeaseLost, StreamEnded, TaskCancelled, message_of
+from .log import BlockingLog, LeaseLost, TaskCancelled, message_of
 from .queue import BLOCK_SECONDS
 
 MAX_ATTEMPTS = 3  # attempts that may end with an error
@@ -107,6 +107,7 @@ class _Worker:
         self.slot_freed = asyncio.Event()  # or something else for which the loop should look again
         self.broken: Exception | None = None  # why no task can be claimed
         self.is_leaving = False
+        self.stranded: list[Job] = []  # jobs whose process() was cancelled, as when the event loop shuts down
         self.not_handed_back = 0
         self.popping: asyncio.Task[list[bytes]] | None = None
         self.steps: set[asyncio.Task[None]] = set()  # claims and tasks that are under way
@@ -120,6 +121,7 @@ class _Worker:
         try:
             return await self.take_until_stopped(burst) or await self.finish_or_hand_back()
         except BaseException:  # Redis refused something, or the caller cancelled work()
+            self.consumer.signals = self.consumer.signals or 1  # then nothing waits long for Redis
             await self.return_popped()
             await self.hand_back()
             raise
@@ -132,6 +134,7 @@ class _Worker:
                 raise self.broken
             if self.left_behind == self.concurrency:
                 logger.critical("all %d slots are taken by handlers that cannot be stopped; leaving", self.concurrency)
+                await self.hand_back()
                 return 1
             if not self.free:
                 self.slot_freed.clear()
@@ -173,6 +176,7 @@ class _Worker:
     async def pop_safely(self) -> list[bytes]:
         """Pop in a task of its own: a pop that is cancelled would lose what it brings."""
         self.popping = asyncio.create_task(self.pop())
+        self.popping.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio may complain
         elements = await asyncio.shield(self.popping)
         self.popping = None
         return elements
@@ -181,7 +185,7 @@ class _Worker:
         """Put back what a pop brings after this worker was cancelled."""
         if self.popping is not None:
             await asyncio.wait([self.popping], timeout=2 * BLOCK_SECONDS)
-            if self.popping.done() and self.popping.exception() is None:
+            if self.popping.done() and not self.popping.cancelled() and self.popping.exception() is None:
                 await self.consumer.put_back([(element, "") for element in self.popping.result()])
 
     async def pop(self) -> list[bytes]:
@@ -230,6 +234,7 @@ class _Worker:
 
     async def process(self, job: Job) -> None:
         """Do one task from `started` to its end. Whatever happens to it, the worker goes on."""
+        is_left_behind = False
         try:
             if job.why is None:
                 job.log.check()  # subtle: the claim's reply may have come late, or this process been frozen
@@ -237,8 +242,11 @@ class _Worker:
                 job.handler.add_done_callback(lambda _: job.wake())
                 await job.turn
             if job.why is not None and job.handler is not None:
-                await self.stop_handler(job, job.handler)
+                is_left_behind = await self.stop_handler(job, job.handler)
             await self.end(job)
+        except asyncio.CancelledError:
+            self.stranded.append(job)
+            raise
         except (LeaseLost, *REDIS_ERRORS) as error:
             await self.consumer.leave(job, error)
         except Exception as error:
@@ -246,7 +254,7 @@ class _Worker:
             logger.error(message, job.task, exc_info=error)
         finally:
             self.consumer.held.pop(job.task.token, None)
-            if job.handler is None or job.handler.done():
+            if not is_left_behind:
                 self.release_slots(1)
 
     def call_handler(self, job: Job) -> "asyncio.Future[Outcome]":
@@ -302,7 +310,7 @@ class _Worker:
     async def failed(self, job: Job, error: BaseException | None) -> None:
         """Log an exception of the handler; then let the task rest for its next attempt, or give it up."""
         assert error is not None
-        if isinstance(error, LeaseLost | StreamEnded):
+        if isinstance(error, LeaseLost):
             raise error
         message = message_of(error)
         traced = None if isinstance(error, PermanentFailure | OutOfTime) else error
@@ -326,21 +334,24 @@ class _Worker:
             job.log.stop(why if isinstance(why, TaskCancelled | LeaseLost) else TaskCancelled(str(why)))
             job.wake()
 
-    async def stop_handler(self, job: Job, handler: "asyncio.Future[Outcome]") -> None:
-        """Cancel the handler; if it doesn't end within a few seconds, go on without it."""
+    async def stop_handler(self, job: Job, handler: "asyncio.Future[Outcome]") -> bool:
+        """Cancel the handler; if it doesn't end within a few seconds, go on without it. True: it still has the slot."""
         patience = STUBBORN_SECONDS
         if isinstance(job.why, HandedBack):
             patience = 0.2 if self.consumer.signals > 1 else STUBBORN_SECONDS / 2
         if self.is_async:
             handler.cancel()
-        elif isinstance(job.why, LeaseLost):  # nobody waits for its end, and threads take their time
-            patience += self.consumer.heartbeat.time_limit_seconds
+        elif isinstance(job.why, LeaseLost):  # its log tells the thread, and nobody waits for what it does
+            handler.add_done_callback(lambda _: self.release_slots(1))
+            return True
         await asyncio.wait([handler], timeout=patience)
-        if not handler.done():
-            self.left_behind += 1
-            self.slot_freed.set()
-            handler.add_done_callback(lambda _: self.come_back(job))
-            logger.error("the handler of task %s ignores that it is stopped; its slot counts as taken", job.task)
+        if handler.done():
+            return False
+        self.left_behind += 1
+        self.slot_freed.set()
+        handler.add_done_callback(lambda _: self.come_back(job))
+        logger.error("the handler of task %s ignores its cancellation; its slot stays taken until it ends", job.task)
+        return True
 
     def come_back(self, job: Job) -> None:
         logger.info("the handler of task %s has ended after all", job.task)
@@ -365,11 +376,12 @@ class _Worker:
         deadline = time.monotonic() + STUBBORN_SECONDS + PATIENCE_SECONDS + SILENCE_SECONDS
         while self.steps and time.monotonic() < deadline:
             await asyncio.wait(self.steps, timeout=deadline - time.monotonic())
+        await asyncio.gather(*map(self.give_back, self.stranded))
         if missing := self.not_handed_back + len(self.consumer.held):
             logger.warning("%d task(s) not handed back: they run again when their leases are over", missing)
 
     async def give_back(self, job: Job) -> None:
-        is_released = await self.consumer.release(job, patience_seconds=PATIENCE_SECONDS)
+        is_released = await self.consumer.release(job)
         if is_released:
             logger.info("task %s handed back", job.task)
         self.not_handed_back += is_released is None

@@ -288,6 +288,42 @@ def test_foreign_entry_behind_the_end_does_not_hide_it(url: str, queue: TaskQueu
     run(test)
 
 
+def test_task_whose_end_was_found_is_closed_even_if_its_claimer_dies(url: str, queue: TaskQueue, redis: Redis) -> None:
+    """The record was lost, the stream has its end, and the worker that finds it dies before it closes the record."""
+    queue.put({"n": 1})
+    element = popped(redis)
+
+    async def test() -> None:
+        async with attempts(url) as worker:
+            _, log = await worker.claim(element)
+            redis.xadd(keys.stream("1"), {"event": "completed", "result": "5"}, id=f"{log.epoch}-2")
+            redis.delete(keys.record("1"))
+            redis.zrem(keys.LEASES, "1")
+            assert (await worker.claim(element))[0].ended == "completed"
+            end_lease(queue, "1")
+            assert queue.recover() == 1
+            task, _ = await worker.claim(popped(redis))
+            assert task.ended == "completed"
+
+    run(test)
+    assert redis.hget(keys.record("1"), "losses") == "1"
+
+
+def test_claim_that_is_repeated_keeps_the_problem(url: str, queue: TaskQueue, redis: Redis) -> None:
+    """The first reply, which said that the stream was spoilt, is lost: the task fails all the same."""
+    queue.put({"n": 1})
+    redis.set(keys.stream("1"), "not a stream")
+    element, token = popped(redis), new_token()
+
+    async def test() -> None:
+        async with attempts(url) as worker:
+            first, _ = await worker.claim(element, token)
+            again, _ = await worker.claim(element, token)
+            assert first.problem == again.problem != ""
+
+    run(test)
+
+
 # -- foreign entries --------------------------------------------------------------------------------------------
 
 
@@ -376,6 +412,25 @@ def test_absurd_foreign_id_gets_a_clear_end(largest: str, url: str, queue: TaskQ
 
     run(test)
     assert names(redis)[-1] == "failed"
+
+
+def test_huge_number_of_a_foreign_entry_behind_which_another_stands_gets_a_clear_end(
+    url: str, queue: TaskQueue, redis: Redis
+) -> None:
+    """It has our epoch, so it counts; and numbers so large cannot be told apart."""
+    queue.put({"n": 1})
+    element = popped(redis)
+
+    async def test() -> None:
+        async with attempts(url) as worker:
+            task, _ = await worker.claim(element)
+            redis.xadd(keys.stream("1"), {"event": "hello"}, id=f"{task.epoch}-{2**60}")
+            redis.xadd(keys.stream("1"), {"event": "hello"}, id=f"{int(task.epoch) + 1}-0")
+            end_lease(queue, "1")
+            task, _ = await worker.claim(element)
+            assert task.problem
+
+    run(test)
 
 
 def test_task_whose_stream_is_something_else_fails_clearly(url: str, queue: TaskQueue, redis: Redis) -> None:

@@ -693,6 +693,37 @@ def test_work_that_is_cancelled_hands_back_its_tasks(valkey: Server, queue: Task
     assert all((queue.get(task.id) or {})["failures"] == 0 for task in tasks)
 
 
+def test_event_loop_that_shuts_down_hands_back_its_tasks(valkey: Server, queue: TaskQueue) -> None:
+    """main() ends while work() runs beside it: asyncio.run() cancels everything, and no lease is waited out."""
+    task = queue.put({})
+
+    async def main() -> None:
+        working.append(asyncio.create_task(work(never, url=valkey.url, lease_seconds=600)))
+        while names(queue, task.id)[-1:] != ["progress"]:
+            await asyncio.sleep(0.02)
+
+    working: list[asyncio.Task[int]] = []
+    asyncio.run(main())
+
+    record = queue.get(task.id) or {}
+    assert (record["status"], record["losses"]) == ("waiting", 0)
+
+
+def test_work_that_is_cancelled_while_redis_is_away_leaves_nothing_running(valkey: Server, queue: TaskQueue) -> None:
+    task = queue.put({})
+
+    async def cancel_it() -> None:
+        working = asyncio.create_task(work(never, url=valkey.url, lease_seconds=600))
+        while names(queue, task.id)[-1:] != ["progress"]:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(valkey.stop)
+        working.cancel()
+        await asyncio.wait_for(asyncio.wait([working]), 60)
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(cancel_it())
+
+
 def test_consumer_goes_on_after_a_task_whose_record_is_spoilt(
     valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -793,6 +824,32 @@ def test_plain_function_that_never_returns_ends_by_its_time_limit(
     assert asyncio.run(both()) == 0
     wait_until(lambda: told, "the thread is told")
     assert names(queue, task.id) == ["started", "error", "failed"]
+
+
+def test_handler_that_ends_while_its_end_is_written_frees_its_slot_once(
+    valkey: Server, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was left behind. Freed twice, the slots would never add up again, and burst would not end."""
+    monkeypatch.setattr(worker_module, "STUBBORN_SECONDS", 0.2)
+    queue.put({})
+    end, go_on = TaskLog.end, asyncio.Event()
+
+    async def end_late(self: TaskLog, *args: Any, **fields: Any) -> None:
+        go_on.set()
+        while ended == []:
+            await asyncio.sleep(0)
+        await end(self, *args, **fields)
+
+    async def handler(_task: Task, _log: TaskLog) -> None:
+        while not go_on.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go_on.wait()
+        ended.append(True)
+
+    ended: list[bool] = []
+    monkeypatch.setattr(TaskLog, "end", end_late)
+
+    assert run_worker(handler, url=valkey.url, burst=True, time_limit_seconds=0.2, max_attempts=1, concurrency=2) == 0
 
 
 def test_blocked_event_loop_does_not_cost_the_others_their_leases(valkey: Server, queue: TaskQueue) -> None:

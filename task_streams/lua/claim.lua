@@ -12,7 +12,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local leases, unfinished, recent, each = KEYS[1], KEYS[2], KEYS[3], tonumber(ARGV[1])
 local FIELDS = {'status', 'token', 'attempts', 'failures', 'losses', 'worker', 'lost', 'cancel', 'epoch', 'epochs', 'seq',
-  'put_at', 'data'}
+  'put_at', 'data', 'problem'}
 
 -- Return a text with the epochs of the last attempts, and one more: seven at most.
 local function join(epochs, epoch)
@@ -26,7 +26,7 @@ local function claim(record, stream, id, token, data, above)
     r[name] = values[n] or nil
   end
   local status, attempt, losses, lost = r.status, tonumber(r.attempts or 0), tonumber(r.losses or 0), r.lost or ''
-  local epoch, epochs, seq, problem = r.epoch or '0', r.epochs or '', r.seq or '0', ''
+  local epoch, epochs, seq, problem = r.epoch or '0', r.epochs or '', r.seq or '0', r.problem or ''
   if not status then -- pushed by hand, or its record was lost: from its first claim on it is a task like any other
     if data == '' then
       return {'unknown'}
@@ -68,10 +68,14 @@ local function claim(record, stream, id, token, data, above)
       local first = first_append(stream, {epoch = new, epochs = epochs, seq = seq, put_at = r.put_at, lost = lost,
         maxlen = ARGV[5], timestamp = ARGV[6], fields = fields, may_rise = true})
       if first[1] == 'ended' then -- only the record is open
-        redis.call('HSET', record, 'status', 'running', 'token', token)
+        redis.call('HSET', record, 'status', 'running', 'worker', ARGV[2], 'token', token)
         return first
       end
-      seq, epoch, problem = tostring(first[2]), first[3], first[4]
+      seq, epoch = tostring(first[2]), first[3]
+      if first[4] ~= '' then
+        problem = first[4]
+        redis.call('HSET', record, 'problem', problem)
+      end
     end
     epochs = join(epochs, epoch)
     redis.call('HSET', record, 'status', 'running', 'worker', ARGV[2], 'token', token, 'started_at', now, 'attempts',

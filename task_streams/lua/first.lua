@@ -67,7 +67,7 @@ local function first_append(stream, a)
     local ended = not is_older and end_among(last)
     if ended then
       return {'ended', ended}
-    elseif math.max(newest, newest_seq) >= TOO_LARGE then
+    elseif not is_older and math.max(newest, newest_seq) >= TOO_LARGE then
       problem = 'it has the entry ' .. last_id
     elseif newest >= epoch and not is_older then
       -- subtle: the same event of the same epoch is a call whose reply was lost; on one server the claim knows that
@@ -82,10 +82,14 @@ local function first_append(stream, a)
       end
       epoch = newest + 1
     end
+    local last_of_ours = is_older and 0 or last_seq(stream, last, last_id, a.epochs, seq)
+    if last_of_ours >= TOO_LARGE and problem == '' then
+      problem = 'it has a number above ' .. string.format('%.0f', TOO_LARGE)
+    end
     if is_older or problem ~= '' then
       redis.call('DEL', stream)
     else
-      seq = last_seq(stream, last, last_id, a.epochs, seq)
+      seq = last_of_ours
     end
   elseif kind ~= 'none' then
     problem = 'it is a ' .. kind

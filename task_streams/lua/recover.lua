@@ -23,7 +23,7 @@ if status == 'waiting' and redis.call('LPOS', KEYS[1], element, 'RANK', -1, 'MAX
 end
 if status == 'running' then
   redis.call('HINCRBY', KEYS[2], 'losses', 1)
-  redis.call('HSET', KEYS[2], 'lost', record[3])
+  redis.call('HSET', KEYS[2], 'lost', record[3] or '')
 end
 redis.call('HSET', KEYS[2], 'status', 'waiting')
 redis.call('HDEL', KEYS[2], 'token')
