@@ -9,12 +9,12 @@ import hashlib
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from agent_tools import ToolError, Tools, ToolUnavailable
 from ailf.messaging.redis import AsyncRedisRateLimiter, RedisUnavailable, to_json
-from mock_llm import LLMError, ToolCall
+from mock_llm import LLMError, Message, Piece, ToolCall, Usage
 from task_streams import PermanentFailure, Task, TaskLog
 
 MAX_STEPS = 8  # questions to the LLM about one task: an agent that runs in circles is stopped
@@ -23,7 +23,6 @@ LONGEST_WAIT_SECONDS = 5.0  # before it asks again whether it may call the LLM: 
 POLL_SECONDS = 0.5  # between two looks whether Redis is back, for an agent that waits for its turn
 DELTA_SECONDS = 0.06  # between two llm_delta entries: words still seem to flow, in fewer than 20 entries a second
 
-Message = dict[str, Any]
 Tool = Callable[..., Any]
 SYSTEM = """\
 You are an agent. The user's message is a task, as JSON. Work on it step by step: say in a sentence what you do next and
@@ -52,7 +51,7 @@ class LLM(Protocol):
 
     model: str
 
-    def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[str | ToolCall]: ...
+    def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[Piece]: ...
 
 
 def give_up(reason: str) -> Any:
@@ -60,17 +59,18 @@ def give_up(reason: str) -> Any:
     raise PermanentFailure(reason)
 
 
+@dataclass(frozen=True)
 class Agent:
-    """Work on one task and return {"summary", "rows" (of data), "findings"}: the handler that run_worker() calls.
+    """Work on one task and return {"summary", "rows" (of data), "findings", "usage"}: run_worker() calls this handler.
 
     It keeps nothing between calls, so one Agent serves many tasks at once. LLMError and ToolUnavailable pass through:
     the worker tries such a task again. PermanentFailure means that trying again would not help.
     """
 
-    def __init__(self, llm: LLM, tools: Tools, limiter: AsyncRedisRateLimiter | None = None) -> None:
-        self.llm = llm
-        self.tools = tools
-        self.limiter = limiter
+    llm: LLM
+    tools: Tools
+    limiter: AsyncRedisRateLimiter | None = None
+    max_tokens: int | None = None  # that one task may use, input and output together
 
     async def __call__(self, task: Task, log: TaskLog) -> dict[str, Any]:
         kind, payload = check_task(task.data)
@@ -79,9 +79,13 @@ class Agent:
 
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": to_json(task.data)}]
         findings: list[dict[str, Any]] = []  # of the tool calls that succeeded
-        steps, problem = 0, ""
+        steps, problem, spent = 0, "", Usage()
         for _ in range(MAX_STEPS):
-            text, calls = await self.ask(messages, tools, log)
+            if self.max_tokens is not None and spent.input + spent.output >= self.max_tokens:
+                used = f"{spent.input} input, {spent.output} output"
+                raise PermanentFailure(f"the limit of {self.max_tokens} tokens is reached: {used}")
+            text, calls, usage = await self.ask(messages, tools, log)
+            spent += usage
             messages.append(as_message(text, calls))
             last_problem, problem = problem, find_problem(text, calls, tools, findings)
             if problem and last_problem:  # a retry may help: a real LLM does not say the same thing every time
@@ -96,7 +100,7 @@ class Agent:
                 await log.add("progress", percent=100, step="done")
                 results = [finding["result"] for finding in findings if isinstance(finding["result"], dict)]
                 rows = [{"rows": result["rows"]} for result in results if isinstance(result.get("rows"), int)]
-                return {"summary": text, **(rows[0] if rows else {}), "findings": findings}
+                return {"summary": text, **(rows[0] if rows else {}), "findings": findings, "usage": asdict(spent)}
             for call in calls:
                 steps += 1
                 outcome = await self.use_tool(call, tools[call.name], f"call-{task.attempt}-{steps}", task, log)
@@ -106,22 +110,24 @@ class Agent:
                 await log.add("progress", percent=min(95, 100 * steps // (kind.usual_steps + 1)), step=call.name)
         raise PermanentFailure(f"the LLM did not finish within {MAX_STEPS} steps")
 
-    async def ask(self, messages: list[Message], tools: Tools, log: TaskLog) -> tuple[str, list[ToolCall]]:
+    async def ask(self, messages: list[Message], tools: Tools, log: TaskLog) -> tuple[str, list[ToolCall], Usage]:
         """Ask the LLM, and let everybody watch the words arrive. All calls to the LLM pass here."""
         await self.await_turn(log)
-        text, unsent, calls, sent_at = "", "", list[ToolCall](), time.monotonic()
+        text, unsent, calls, usage, sent_at = "", "", list[ToolCall](), Usage(), time.monotonic()
         async for piece in self.llm.chat(messages, [schema(name, tool) for name, tool in tools.items()]):
-            if isinstance(piece, ToolCall):
+            if isinstance(piece, Usage):
+                usage = piece
+            elif isinstance(piece, ToolCall):
                 calls.append(piece)
-                continue
-            text, unsent = text + piece, unsent + piece
-            if time.monotonic() - sent_at >= DELTA_SECONDS:
+            else:
+                text, unsent = text + piece, unsent + piece
+            if unsent and time.monotonic() - sent_at >= DELTA_SECONDS:
                 await log.add("llm_delta", text=clip(unsent))
                 unsent, sent_at = "", time.monotonic()
         if unsent:
             await log.add("llm_delta", text=clip(unsent))
-        await log.add("llm_response", model=self.llm.model, response=clip(text))
-        return text, calls
+        await log.add("llm_response", model=self.llm.model, response=clip(text), usage=asdict(usage))
+        return text, calls, usage
 
     async def await_turn(self, log: TaskLog) -> None:
         """Wait until the limit that all workers share allows one more call to the LLM; tell the watchers why."""

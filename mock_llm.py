@@ -1,9 +1,8 @@
 """The stubbed LLM: it reads the messages, decides by rules, and streams its words. No network, no Redis, no surprises.
 
 An LLM has one method: chat(messages, tools), both as the OpenAI API has them. It yields the words of a reply as they
-come, then the tools it wants to use. A reply without tools is the final answer. A client for a real LLM is a class with
-the same method and a `model`: build it where agent_consumer.py builds MockLLM. If its errors (rate limits, lost
-connections) are ordinary exceptions, the worker retries the task.
+come, the tools it wants to use, and its usage. A reply without tools is the final answer. openai_llm.py is the same for
+real LLMs. Errors that may pass (rate limits, lost connections) are LLMError: the worker retries the task.
 """
 
 import asyncio
@@ -25,7 +24,11 @@ Results = dict[str, dict[str, Any]]  # step -> {"result": …} or {"error": …}
 
 
 class LLMError(Exception):
-    """The LLM did not answer, or its answer is unusable. Another try may succeed."""
+    """The LLM did not answer, or its answer is unusable. Another try may help, once retry_after_seconds are over."""
+
+    def __init__(self, message: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,20 @@ class ToolCall:
     id: str
     name: str
     arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The tokens that calls to an LLM took: what it is paid for."""
+
+    input: int = 0
+    output: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.input + other.input, self.output + other.output)
+
+
+Piece = str | ToolCall | Usage  # what chat() yields
 
 
 class MockLLM:
@@ -52,8 +69,8 @@ class MockLLM:
         self.seed = seed
         self._calls = itertools.count(1)
 
-    async def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[str | ToolCall]:
-        """Yield the answer word by word, each with the space after it, then the tool call if there is one."""
+    async def chat(self, messages: list[Message], tools: list[dict[str, Any]]) -> AsyncIterator[Piece]:
+        """Yield the answer word by word, each with the space after it; the tool call if there is one; the usage."""
         number = next(self._calls)
         if fraction(f"{self.seed}:{number}") < self.fail_rate:
             raise LLMError(f"{self.model} is overloaded (simulated, call {number})")
@@ -65,6 +82,12 @@ class MockLLM:
             yield word
         if call:
             yield call
+        yield Usage(count_words([messages, tools]), len(words) + (count_words(call.arguments) if call else 0))
+
+
+def count_words(value: Any) -> int:
+    """Count the words of a JSON value. They stand for tokens: a real LLM has about four for three words."""
+    return len(json.dumps(value).split())
 
 
 def fraction(text: str) -> float:
@@ -192,3 +215,9 @@ def in_words(number: float) -> str:
     if number == int(number):
         return f"{number:,.15g}"
     return f"{number:,.2f}" if abs(number) >= 1 else f"{number:.3g}"
+
+
+if __name__ == "__main__":  # python mock_llm.py --serve PORT
+    from mock_server import main
+
+    raise SystemExit(main())

@@ -36,7 +36,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "processing": ("step",),
     "chain_of_thought": ("step", "prompt", "thought"),
     "llm_delta": ("text",),
-    "llm_response": ("model", "response"),
+    "llm_response": ("model", "response", "usage"),
     "tool_usage": ("call_id", "tool", "action", "status", "arguments", "result", "duration_ms"),
     "progress": ("percent", "step"),
     "rate_limited": ("limit", "wait_ms"),

