@@ -642,7 +642,7 @@ class Watcher:
         cursor = self._at.get(task_id)
         if cursor is None or order(event.id) <= order(cursor.id):
             return
-        if notice := cursor.step(event.id):
+        if notice := cursor.step(event.id, event.replaces):
             yield Item(task_id, notice, is_notice=True)
         if cursor.id == START:
             self._start_over(task_id)

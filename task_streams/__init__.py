@@ -1,18 +1,21 @@
 """The helper that the scripts share: a queue says what to do, a stream per task says what is happening."""
 
 from .claims import Task
-from .log import BlockingLog, LeaseLost, StreamEnded, TaskCancelled, TaskLog
+from .errors import InDoubt, LeaseLost, NothingHappened, PermanentFailure, StreamEnded, TaskCancelled
+from .log import BlockingLog, TaskLog
 from .queue import NoSuchTask, TaskQueue
 from .reader import Cursor, Event, LogReader
-from .worker import PermanentFailure, run_worker, work
+from .worker import run_worker, work
 
 __all__ = [
     "BlockingLog",
     "Cursor",
     "Event",
+    "InDoubt",
     "LeaseLost",
     "LogReader",
     "NoSuchTask",
+    "NothingHappened",
     "PermanentFailure",
     "StreamEnded",
     "Task",

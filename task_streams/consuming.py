@@ -18,8 +18,9 @@ from ailf.messaging.redis import REDIS_ERRORS, blocking_client, connect, connect
 
 from . import keys
 from .claims import LEASE_SECONDS, Claims, Malformed, Task, new_token, parse_element
+from .errors import LeaseLost, StreamEnded
 from .leases import Heartbeat, Job
-from .log import LeaseLost, StreamEnded, TaskLog
+from .log import TaskLog
 from .pipeline import AnyPipeline, ClusterPipeline, Pipeline
 from .queue import BLOCK_SECONDS, TaskQueue, ending_of
 from .reader import LogReader

@@ -30,18 +30,26 @@ def stream(task_id: str) -> str:
     return f"task_logs:{task_id}"
 
 
+STEP, STEP_END = ("key", "digest"), ("error", "nothing_happened")  # fields that log.step() writes
+
 # Event name -> its own fields, beside `event` and `timestamp`, which every entry has.
 EVENTS: dict[str, tuple[str, ...]] = {
     "started": ("worker", "attempt"),
     "processing": ("step",),
     "chain_of_thought": ("step", "prompt", "thought"),
     "llm_delta": ("text",),
-    "llm_response": ("model", "response", "usage"),
-    "tool_usage": ("call_id", "tool", "action", "status", "arguments", "result", "duration_ms"),
+    "llm_call": ("model", "status", *STEP, "safe_to_repeat"),
+    "llm_response": ("model", "response", "calls", "usage", "status", "duration_ms", *STEP, *STEP_END, "replaces"),
+    "tool_usage": (
+        *("call_id", "tool", "action", "status", "arguments", "result", "duration_ms"),
+        *(*STEP, "safe_to_repeat", *STEP_END),
+    ),
     "progress": ("percent", "step"),
     "rate_limited": ("limit", "wait_ms"),
     "error": ("error", "error_type", "will_retry"),
     "worker_lost": ("worker",),
+    "resumed": ("steps", "reason"),
+    "in_doubt": ("step", "reason"),
     "completed": ("result", "duration_ms"),
     "failed": ("error", "attempts"),
     "cancelled": ("reason",),

@@ -21,7 +21,8 @@ from ailf.messaging.redis import REDIS_ERRORS, RedisMessagingError, RedisPubSub,
 
 from . import keys
 from .claims import Task, release_call
-from .log import LeaseLost, TaskCancelled, TaskLog
+from .errors import LeaseLost, TaskCancelled
+from .log import TaskLog
 from .pipeline import run
 from .queue import TaskQueue
 from .retrying import Outage

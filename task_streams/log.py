@@ -7,6 +7,7 @@ late append of an earlier one is refused. It also makes a repeated append harmle
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,28 +16,19 @@ from redis.exceptions import ResponseError
 from ailf.messaging.redis import REDIS_ERRORS, encode, is_transient
 
 from . import keys
+from .errors import LeaseLost, StreamEnded
+from .errors import message_of as message_of  # consumer.py takes it from here
+from .journal import Journal
 from .retrying import delays
+from .steps import Step
 
 if TYPE_CHECKING:
     from .claims import Claims, Task
 
 MAXLEN = 10_000  # entries kept of one stream, approximately (MAXLEN ~)
 TTL_SECONDS = 24 * 3600  # how long a stream can be read after its end
-MAX_ERROR_CHARS = 2_000  # of an exception's message in an event
 MAX_EVENT_BYTES = 1_000_000  # of an event's fields; larger things belong in a file
 RESERVED = frozenset({"event", "timestamp"})
-
-
-class LeaseLost(Exception):
-    """This worker no longer holds the task: somebody else may. Stop working on it; nothing more is written."""
-
-
-class StreamEnded(Exception):
-    """The task has reached its terminal event already; the message names it."""
-
-
-class TaskCancelled(Exception):
-    """Somebody asked for this task's end, or its time is up; the message is the reason."""
 
 
 class TaskLog:
@@ -57,6 +49,7 @@ class TaskLog:
         self._closed: Exception | None = None  # why nothing more is appended
         self._has_ended = False  # the terminal event is written
         self._stopped: Exception | None = None  # why the handler may append no more
+        self._journal: Journal | None = None  # from the first step on
 
     async def add(self, event: str, /, **fields: Any) -> str:
         """Append one event (XADD) and return its entry id. Atomic; written once.
@@ -69,7 +62,58 @@ class TaskLog:
         if event in keys.TERMINAL:
             raise ValueError(f"{event!r} is written by the worker: return the result, or raise an exception")
         await self._pipe.ready()
+        if self._journal is not None:
+            await self._journal.history.make_room(MAXLEN)
         return await self.add_always(event, **fields)
+
+    async def step(
+        self,
+        name: str,
+        call: Callable[..., Any],
+        /,
+        *args: Any,
+        key: str | None = None,
+        safe_to_repeat: bool = False,
+        kind: str = "",
+        about: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return call(*args), which a later attempt takes from the stream: a completed step does not run again.
+
+        The call is async, or a plain function, which runs in a thread. If it has a parameter `idempotency_key`, it gets
+        the step's key for the outside world, the same in each attempt. The value returned is the one that is stored: a
+        tuple comes back as a list. A step is known by its `key`, or else by its name and the number of its call; two
+        of one name at the same time need keys. `kind` is "tool" (`tool_usage`: the name is tool.action) or "llm"
+        (`llm_call`, `llm_response`), the latter also by the name "llm". `about` has more fields for its entries.
+
+        If nobody knows whether it has happened (its worker was lost, or the call raised), a step that is
+        `safe_to_repeat` is done again. Another one raises InDoubt, which fails the task, unless the call raised
+        NothingHappened. Raises what the call and add() raise.
+        """
+        self._journal = self._journal or Journal(self, self._task)
+        is_llm = (kind or name.partition(".")[0]) == "llm"
+        return await self._journal.do(Step(name, call, args, safe_to_repeat, is_llm, about or {}, key or ""))
+
+    async def read(self, after: str, until: str, count: int) -> list[Any]:
+        """Return entries as the server sends them (XRANGE). While Redis is away it waits, until the lease is over."""
+        for delay in delays():
+            self.check()
+            try:
+                return list(await self._pipe.call("XRANGE", self._stream, f"({after}", until, "COUNT", count))
+            except REDIS_ERRORS as error:
+                if not is_transient(error):
+                    raise
+            await asyncio.sleep(delay)
+        raise AssertionError("delays() never ends")
+
+    async def drop(self, entry_ids: list[str]) -> bool:
+        """Delete entries (XDEL). False: Redis is away, and nobody knows."""
+        try:
+            await self._pipe.call("XDEL", self._stream, *entry_ids)
+        except REDIS_ERRORS as error:
+            if not is_transient(error):
+                raise
+            return False
+        return True
 
     async def add_always(self, event: str, /, **fields: Any) -> str:
         """Append as add() does, even if the handler may append no more: the worker's way to say why."""
@@ -115,6 +159,8 @@ class TaskLog:
             if self._has_ended:  # an append that was asked for before the end, by a coroutine that nobody awaited
                 raise StreamEnded("the task has ended")
             entry_id = f"{self.epoch}-{self.seq + 1}"
+            if self._journal is not None:
+                pairs = pairs + self._journal.history.more_fields(pairs[1])
             try:
                 for delay in delays():
                     if self.is_over:
@@ -134,6 +180,8 @@ class TaskLog:
                 raise
             self.seq += 1
             self._has_ended = bool(ending)
+            if self._journal is not None:
+                self._journal.history.wrote(pairs[1], entry_id)
             return entry_id
 
     async def _xadd(self, entry_id: str, pairs: list[str]) -> None:
@@ -161,6 +209,10 @@ class BlockingLog:
         """Append one event, as TaskLog.add() does."""
         return asyncio.run_coroutine_threadsafe(self._log.add(event, **fields), self._loop).result()
 
+    def step(self, name: str, call: Callable[..., Any], /, *args: Any, **how: Any) -> Any:
+        """Return call(*args), once, as TaskLog.step() does. Threads at the same time need keys, too."""
+        return asyncio.run_coroutine_threadsafe(self._log.step(name, call, *args, **how), self._loop).result()
+
     def check(self) -> None:
         """Raise what add() would raise, without writing: for a handler that waits."""
         self._log.check()
@@ -183,14 +235,6 @@ def entry_fields(event: str, fields: dict[str, Any]) -> list[str]:
     if sum(map(len, pairs)) > MAX_EVENT_BYTES // 4 and (size := len("".join(pairs).encode())) > MAX_EVENT_BYTES:
         raise ValueError(f"the event {event} has {size:,} bytes; the limit is {MAX_EVENT_BYTES:,}")
     return pairs
-
-
-def message_of(error: BaseException) -> str:
-    """Return what an exception says, as events have it: cut, and as text that UTF-8 can hold."""
-    try:
-        return str(error)[:MAX_ERROR_CHARS].encode(errors="backslashreplace").decode() or repr(error)
-    except Exception:  # an exception of somebody else's, whose __str__ fails
-        return type(error).__name__
 
 
 def now_text() -> str:

@@ -41,7 +41,8 @@ from .claims import (
     new_token,
     parse_element,
 )
-from .log import MAX_ERROR_CHARS, TTL_SECONDS
+from .errors import MAX_ERROR_CHARS
+from .log import TTL_SECONDS
 from .lua import load
 from .pipeline import Call, first_transient, run
 from .reader import LogReader

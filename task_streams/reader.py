@@ -37,6 +37,12 @@ class Event:
     def is_terminal(self) -> bool:
         return self.name in keys.TERMINAL
 
+    @property
+    def replaces(self) -> int:
+        """How many entries right before an llm_response it repeats: they may have been dropped, and are not missed."""
+        count = self.fields.get("replaces") if self.name == "llm_response" else 0
+        return count if isinstance(count, int) else 0
+
     def as_dict(self) -> dict[str, Any]:
         """Return one flat object: {"id": …, "event": …, "timestamp": …, …}."""
         return {"id": self.id, "event": self.name, **self.fields}
@@ -133,15 +139,16 @@ class Cursor:
     def take(self, events: Iterable[Event]) -> Iterator[Event]:
         """Yield events that were read, with each `gap`; stop after a `reset`, since the rest must be read again."""
         for event in events:
-            if notice := self.step(event.id):
+            if notice := self.step(event.id, event.replaces):
                 yield notice
                 if notice.name == "reset":
                     return
             yield event
 
-    def step(self, entry_id: str) -> Event | None:
+    def step(self, entry_id: str, replaces: int = 0) -> Event | None:
         """Move to an entry that was read; return the notice that comes before it, if any.
 
+        `replaces`: how many entries right before this one are repeated by it; if they are gone, they are not missed.
         A `gap` precedes the entry. A `reset` takes its place: the cursor is at the start, and the entry comes again.
         """
         (ms, seq), (last_ms, last_seq), notice = order(entry_id), order(self.id), None
@@ -152,7 +159,8 @@ class Cursor:
             if self.seq is None or seq == self.seq + 1:
                 self.seq = seq
             elif seq > self.seq:
-                notice = Event(self.id, "gap", {"missed": seq - self.seq - 1})
+                if (missed := seq - self.seq - 1 - max(replaces, 0)) > 0:
+                    notice = Event(self.id, "gap", {"missed": missed})
                 self.seq = seq
             elif (ms, seq) > self._quiet_until:
                 return self._reset(entry_id)

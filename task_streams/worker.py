@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import inspect
 import logging
-import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -24,9 +23,11 @@ from ailf.messaging.redis import REDIS_ERRORS
 from . import keys
 from .claims import LEASE_SECONDS, MOST_TOGETHER, Task
 from .consuming import PATIENCE_SECONDS, SILENCE_SECONDS, Consumer
+from .errors import LeaseLost, PermanentFailure, TaskCancelled, message_of
 from .leases import STUBBORN_SECONDS, Job, OutOfTime
-from .log import BlockingLog, LeaseLost, TaskCancelled, message_of
+from .log import BlockingLog
 from .queue import BLOCK_SECONDS
+from .threads import Outcome, in_thread
 
 MAX_ATTEMPTS = 3  # attempts that may end with an error
 GRACE_SECONDS = 10.0  # how long running tasks may take to finish after Ctrl-C
@@ -37,11 +38,6 @@ LONGEST_RETRY_AFTER_SECONDS = 3600.0  # an exception may ask for more time, by a
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[Task, Any], Any]  # async def handle(task, log: TaskLog), or def handle(task, log: BlockingLog)
-Outcome = tuple[Any, BaseException | None]  # what a handler returned, what it raised
-
-
-class PermanentFailure(Exception):
-    """Raised by a handler whose task can never succeed: it fails without another attempt."""
 
 
 class HandedBack(Exception):
@@ -272,20 +268,7 @@ class _Worker:
 
     def call_in_thread(self, job: Job) -> "asyncio.Future[Outcome]":
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[Outcome] = loop.create_future()
-
-        def call() -> None:
-            result, error = None, None
-            try:
-                result = self.handler(job.task, BlockingLog(job.log, loop))
-            except BaseException as raised:  # the task boundary
-                error = raised
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has left without this thread
-                loop.call_soon_threadsafe(done.set_result, (result, error))
-
-        # a thread for each, not asyncio's few, which handlers that never end would take for ever
-        threading.Thread(target=call, name=f"task {job.task}", daemon=True).start()
-        return done
+        return in_thread(lambda: self.handler(job.task, BlockingLog(job.log, loop)), f"task {job.task}")
 
     async def end(self, job: Job) -> None:
         """Write the end of a task whose handler is done, or was told to stop."""

@@ -1,0 +1,114 @@
+"""What a task's stream says of its steps: read once by a new attempt, and kept up to date by what that one writes."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import PermanentFailure
+from .reader import START, Cursor, Event, order, seq_of
+from .steps import STEP_EVENTS, value_of
+
+if TYPE_CHECKING:
+    from .claims import Task
+    from .log import TaskLog
+
+PAGE = 100  # entries per XRANGE: each may hold a large result
+
+
+@dataclass
+class Recorded:
+    """A step as the stream has it."""
+
+    digest: str  # of its name and arguments
+    is_safe: bool
+    is_completed: bool = False
+    has_value: bool = False  # False although it is completed: the result could not be stored
+    value: Any = None
+
+
+class History:
+    """The steps in a stream, by their keys, and its llm_delta entries, which may be dropped."""
+
+    def __init__(self, log: "TaskLog") -> None:
+        self._log = log
+        self.steps: dict[str, Recorded] = {}
+        self.problem = ""  # why the steps cannot be relied on
+        self.hides_entries = False  # some are missing, and nobody knows what they said
+        self._starts = 0  # how many `started` there are
+        self._words: list[str] = []  # the llm_delta entries at the end of the stream
+        self._replaced: list[str] = []  # those that an llm_response repeats
+        self._gone = 0  # entries that the stream has no more
+
+    async def read(self, task: "Task") -> None:
+        """Read the stream up to this attempt's `started`. From that on only this attempt has written."""
+        cursor, last, count = Cursor(), f"{task.epoch}-{task.seq}", 0
+        while order(cursor.id) < order(last):
+            page = await self._log.read(cursor.id, last, PAGE)
+            for entry_id, pairs in page:
+                event = Event.from_entry(entry_id, dict(zip(pairs[::2], pairs[1::2], strict=True)))
+                if notice := cursor.step(entry_id, event.replaces):
+                    self.hides_entries = True
+                    self.problem = f"the log has a {notice.name} before its entry {entry_id}"
+                    if cursor.id == START:  # it is read again from there
+                        count = 0
+                        break
+                count += 1
+                if seq_of(entry_id):  # else somebody else's
+                    self._read_event(event)
+            if not page:
+                break
+        self._gone = task.seq - count
+        # subtle: in a Cluster a record may not know yet how far the stream was that is lost now
+        if task.attempt > 1 and self._starts < 2 and not self.problem:
+            self.hides_entries, self.problem = True, "nothing is left of the attempts before"
+
+    def _read_event(self, event: Event) -> None:
+        self.wrote(event.name, event.id)
+        self._starts += event.name == "started"
+        key, status = event.fields.get("key"), event.fields.get("status")
+        if event.name == "resumed" and "reason" in event.fields:  # that attempt has started over
+            self.steps, self.problem = {}, ""
+        elif event.name in STEP_EVENTS and isinstance(key, str):
+            if status == "started":
+                digest, is_safe = str(event.fields.get("digest")), event.fields.get("safe_to_repeat") is True
+                self.steps[key] = Recorded(digest, is_safe)
+            elif (found := self.steps.get(key)) is None:
+                pass  # it belongs to a step from before an attempt started over
+            elif status == "failed" and (found.is_safe or event.fields.get("nothing_happened") is True):
+                del self.steps[key]
+            elif status == "completed":
+                found.is_completed = True
+                found.has_value, found.value = value_of(event)
+
+    # -- llm_delta ----------------------------------------------------------------------------------------------
+
+    def wrote(self, event: str, entry_id: str) -> None:
+        """Note an entry of the stream."""
+        if event == "llm_delta":
+            self._words.append(entry_id)
+            return
+        if event == "llm_response":
+            self._replaced += self._words
+        self._words = []
+
+    def more_fields(self, event: str) -> list[str]:
+        """Return what the next entry says besides: an llm_response, how many llm_delta right before it it repeats.
+
+        So whoever reads the stream when those are dropped does not miss them.
+        """
+        return ["replaces", str(len(self._words))] if event == "llm_response" and self._words else []
+
+    async def make_room(self, most: int) -> None:
+        """Drop llm_delta entries if the log is half full. Raise PermanentFailure if it is full of others.
+
+        One entry more, and Redis might trim the oldest, which may be steps.
+        """
+        if self._log.seq - self._gone > most // 2 and self._replaced:
+            dropped, self._replaced = self._replaced, []
+            if await self._log.drop(dropped):
+                self._gone += len(dropped)
+            else:
+                self._replaced = dropped + self._replaced
+        if self._log.seq - self._gone >= most:
+            raise PermanentFailure(
+                f"the log is full: {most:,} entries, and older ones must stay, as a journal of steps"
+            )
