@@ -161,8 +161,10 @@ class Consumer:
                     await self.insist("write", functools.partial(self.claims.finish, task, *ending))
             elif problem:
                 logger.error("task %s failed: %s", task, problem)
+                await log.say_doubts()
                 await log.end("failed", problem, error=problem, attempts=task.attempt)
             elif task.cancel_reason:
+                await log.say_doubts()
                 await log.end("cancelled", task.cancel_reason, reason=task.cancel_reason)
             else:
                 return False

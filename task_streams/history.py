@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import PermanentFailure
-from .reader import START, Cursor, Event, order, seq_of
+from .reader import START, Cursor, Event, order
 from .steps import STEP_EVENTS, value_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class History:
                         count = 0
                         break
                 count += 1
-                if seq_of(entry_id):  # else somebody else's
+                if not cursor.is_foreign:
                     self._read_event(event)
             if not page:
                 break

@@ -134,6 +134,14 @@ class Journal:
             elif taken := sum(one.has_value for one in self.history.steps.values()):
                 await self._log.add("resumed", steps=taken)
 
+    async def say_doubts(self) -> None:
+        """Append `in_doubt` for each step that is, if the task ends without another run of its handler."""
+        if not self._is_read:
+            await self.history.read(self._task)
+            for key, one in self.history.steps.items():
+                if not (one.is_safe or one.is_completed):
+                    await self._doubt(key, "it was started, and not completed")
+
     async def _start_over(self, what: str, why: str) -> None:
         """Forget the recorded steps, and say so; raise InDoubt if one of them is not safe to repeat."""
         if not all(one.is_safe for one in self.history.steps.values()):

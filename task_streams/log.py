@@ -93,6 +93,10 @@ class TaskLog:
         is_llm = (kind or name.partition(".")[0]) == "llm"
         return await self._journal.do(Step(name, call, args, safe_to_repeat, is_llm, about or {}, key or ""))
 
+    async def say_doubts(self) -> None:
+        """Append `in_doubt` for each step that is, before the end of a task whose handler does not run again."""
+        await Journal(self, self._task).say_doubts()
+
     async def read(self, after: str, until: str, count: int) -> list[Any]:
         """Return entries as the server sends them (XRANGE). While Redis is away it waits, until the lease is over."""
         for delay in delays():

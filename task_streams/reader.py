@@ -128,12 +128,12 @@ class Cursor:
     stands in a stream, reading it to its end takes no more resets than it has entries.
     """
 
-    __slots__ = ("_is_foreign", "_quiet_until", "id", "seq")
+    __slots__ = ("_quiet_until", "id", "is_foreign", "seq")
 
     def __init__(self, entry_id: str = START) -> None:
         self.id = entry_id  # read on after this entry
         self.seq = seq_of(entry_id)  # of the last entry that counts; None: not known, so the next one cannot be a gap
-        self._is_foreign = self.seq is None  # the entry at the cursor
+        self.is_foreign = self.seq is None  # the entry at the cursor is somebody's own, and does not count
         self._quiet_until = (0, 0)  # up to this entry a history is read again: no second reset
 
     def take(self, events: Iterable[Event]) -> Iterator[Event]:
@@ -153,9 +153,9 @@ class Cursor:
         """
         (ms, seq), (last_ms, last_seq), notice = order(entry_id), order(self.id), None
         # subtle: several XADD * within a millisecond get the ids <ms>-0, <ms>-1, <ms>-2 …
-        follows_foreign = self._is_foreign and (ms, seq) == (last_ms, last_seq + 1)
-        self._is_foreign = seq == 0 or (follows_foreign and seq - 1 != self.seq)
-        if not self._is_foreign:
+        follows_foreign = self.is_foreign and (ms, seq) == (last_ms, last_seq + 1)
+        self.is_foreign = seq == 0 or (follows_foreign and seq - 1 != self.seq)
+        if not self.is_foreign:
             if self.seq is None or seq == self.seq + 1:
                 self.seq = seq
             elif seq > self.seq:

@@ -353,6 +353,27 @@ def test_step_that_was_started_and_not_completed_runs_again_only_if_it_is_safe(
     assert [event.fields["step"] for event in events(redis, "in_doubt")] == ([] if is_safe else ["x#1"])
 
 
+@pytest.mark.parametrize("how", ["its end was asked for", "its worker was lost too often"])
+def test_task_that_ends_without_another_run_says_its_doubt(how: str, url: str, queue: TaskQueue, redis: Redis) -> None:
+    """The handler does not run again, but everybody sees that the mail may have been sent."""
+
+    async def test(again: Again) -> None:
+        log = await again()
+        left = unfinished(log, hang)
+        while names(redis)[-1:] != ["tool_usage"]:
+            await asyncio.sleep(0.01)
+        left.cancel()
+        log.is_lost = True  # as if its worker were dead: it can write no more
+        await asyncio.wait([left])
+
+    in_attempts(url, queue, test)
+    redis.hset(keys.record("1"), mapping={"losses": 5} if how.startswith("its worker") else {"cancel": "not wanted"})
+    end_lease(queue, "1")
+    run_worker(lambda task, log: None, url=url, burst=True)
+
+    assert names(redis)[-2:] == ["in_doubt", "failed" if how.startswith("its worker") else "cancelled"]
+
+
 def test_task_in_doubt_fails_and_is_not_tried_again(url: str, queue: TaskQueue, redis: Redis) -> None:
     """An unsafe call raised: `in_doubt`, `error`, `failed`, in the first attempt."""
     doer = Doer(TimeoutError("no answer"))
@@ -547,7 +568,8 @@ def test_somebody_elses_entries_do_not_spoil_the_journal(url: str, queue: TaskQu
         log = await again()
         await log.step("x", doer)
         fake = {"event": "tool_usage", "status": "started", "key": "x#1", "digest": "0", "safe_to_repeat": "false"}
-        redis.xadd(keys.stream("1"), fake)  # type: ignore[arg-type]
+        for seq in (0, 1):  # as `XADD *` gives ids, in a millisecond of its own
+            redis.xadd(keys.stream("1"), fake, id=f"{int(log.epoch) + 1}-{seq}")  # type: ignore[arg-type]
         log = await again()
         return await log.step("x", doer)
 
