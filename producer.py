@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.type is None and (args.payload, args.id) != (None, None):
         parser.error("--payload and --id go with --type")
     if args.id is not None and args.count > 1:
-        parser.error("an --id can be put only once")
+        parser.error("--id cannot be combined with --count")
     return args
 
 
@@ -70,9 +70,9 @@ def main() -> int:
     except ValueError as error:
         print(f"producer.py: {error}", file=sys.stderr)
         return 1
-    print_ids([task])
     if not task.is_new:
         print(f"producer.py: there is a task {task.id} already; nothing was queued", file=sys.stderr)
+    print_ids([task])
     return 0
 
 

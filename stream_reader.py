@@ -40,12 +40,15 @@ LOOKS = {
     "started": ("bold cyan", "{worker}, attempt {attempt}"),
     "processing": ("cyan", "{step}"),
     "chain_of_thought": ("magenta", "{step}: {thought}", "{step}: {prompt}"),
+    "llm_call": ("dim blue", "{model}"),
     "llm_response": ("blue", "{model}: {response}"),
     "tool_usage": ("yellow", CALL + " in {duration_ms} ms  {result}", CALL + "  {arguments}"),
     "progress": ("green", "{percent:>3} %  {step}"),
     "rate_limited": ("dim yellow", "waits, {wait_ms} ms at least: no more than {limit}"),
     "error": ("red", "{error_type}: {error}  will_retry={will_retry}"),
     "worker_lost": ("bold red", "{worker}"),
+    "resumed": ("cyan", "starting over: {reason}", "{steps} completed step(s) are taken from the log"),
+    "in_doubt": ("bold red", "{step}: {reason}"),
     "completed": ("bold green", "in {duration_ms} ms  {summary}", "in {duration_ms} ms  {result}"),
     "failed": ("bold red", "after {attempts} attempt(s): {error}"),
     "cancelled": ("bold yellow", "{reason}"),
@@ -193,7 +196,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=number(0.001), metavar="S", help="give up after S seconds (exit code 3)")
     args = parser.parse_args(argv)
     if bool(args.ids) == args.all:
-        parser.error("name the tasks to watch, or --all, but not both")
+        parser.error("--all needs no ids" if args.all else "name the tasks to watch, or say --all")
     if args.no_follow and (args.all or args.since == "$"):
         parser.error("--no-follow shows what there is: not with --all or --since $")
     try:

@@ -89,6 +89,7 @@ def look(client: Client) -> dict[str, Any]:
     except Malformed:
         put_ms = None  # as of a task that was pushed by hand: it has no record yet
     ids, running = client.zrange(keys.LEASES, 0, MOST_LEASES - 1), []
+    resting = client.zcard(keys.LEASES) - len(ids)  # those that are not looked at
     with client.pipeline(transaction=False) as pipe:
         for task_id in ids:
             pipe.hmget(keys.record(task_id), "status", "worker", "started_at", "attempts", "cancel")
@@ -97,11 +98,13 @@ def look(client: Client) -> dict[str, Any]:
                 note = "its worker is gone" if worker not in workers else "asked to stop" if cancel else ""
                 task = {"id": task_id, "worker": worker, "seconds": age(started_ms)}
                 running.append({**task, "attempt": int(attempt), "note": note})
+            elif state not in (None, "waiting", *OUTCOMES):  # those were popped, or suspected, or ended a moment ago
+                resting += 1
     return {
         "waiting": client.llen(keys.QUEUE),
         "oldest_waiting_seconds": put_ms and age(put_ms),
         "running": len(running),
-        "resting": max(0, client.zcard(keys.LEASES) - len(running)),  # until they are due
+        "resting": max(0, resting),  # until they are due: delayed, or between two attempts
         "dead": client.llen(keys.DEAD),
         **{outcome: int(total or 0) for outcome, total in zip(OUTCOMES, totals, strict=True)},
         "workers": workers,
@@ -189,7 +192,7 @@ def requeue(args: argparse.Namespace) -> int:
         print(f"task {old} is queued again as {task.id}" if sys.stdout.isatty() else task.id)
     missing = set(args.ids) - {old for old, _ in pairs}
     for task_id in sorted(missing):
-        complain(f"no dead letter of a task {task_id}")
+        complain(f"task {task_id} is not among the dead letters")
     if others and not args.ids:
         complain(f"{others} dead letter(s) hold no task that can be put again: python -m task_streams dead")
     if not (pairs or others or args.ids):
@@ -251,7 +254,11 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=run)
         return command.add_argument
 
-    option = add("status", status, "Show what waits, runs and rests, and which workers are alive.")
+    option = add(
+        "status",
+        status,
+        "Show how many tasks are waiting, running or resting until they are due, and which workers are alive.",
+    )
     option("--once", action="store_true", help="on a terminal: one look, instead of one every second")
     option("--json", action="store_true", help="one JSON object, with up to 20 of the running tasks")
     option = add("cancel", cancel, "End tasks, whether they wait or run.")

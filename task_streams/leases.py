@@ -149,7 +149,7 @@ class Heartbeat:
         if not self._is_listening:
             self._listen()
         if count := self.queue.recover(at_most_every_ms=int(RECOVER_SECONDS * 900)):
-            logger.info("queued %d task(s) again: they are due, or their worker was lost", count)
+            logger.info("queued %d task(s): their delay is over, or their worker was lost", count)
 
     def _listen(self) -> None:
         """Hear at once that a running task is to be cancelled; without it, the next heartbeat tells."""

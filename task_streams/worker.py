@@ -308,7 +308,7 @@ class _Worker:
             return
         asked = min(getattr(error, "retry_after_seconds", None) or 0, LONGEST_RETRY_AFTER_SECONDS)
         delay = max(min(self.backoff_seconds * 2 ** (failures - 1), LONGEST_BACKOFF_SECONDS), asked)
-        logger.warning("task %s: %s; tried again in %g s", job.task, message, delay, exc_info=traced)
+        logger.warning("task %s: %s; will be tried again in %g s", job.task, message, delay, exc_info=traced)
         await self.consumer.release(job, delay)
 
     # -- stopping -----------------------------------------------------------------------------------------------

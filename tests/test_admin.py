@@ -162,6 +162,17 @@ def test_status_counts_what_waits_and_what_has_ended(admin: Admin, queue: TaskQu
     assert state["oldest_waiting_seconds"] >= 0
 
 
+def test_status_counts_a_waiting_task_once_although_it_is_suspected_to_be_lost(admin: Admin, queue: TaskQueue) -> None:
+    """The audit gives short leases to tasks that were put together: they wait all the same, and do not rest."""
+    queue.put_many([{}] * 30)
+    queue.recover()
+    assert queue.redis.zcard(keys.LEASES) > 0
+
+    state = status_of(admin)
+
+    assert (state["waiting"], state["resting"]) == (30, 0)
+
+
 @pytest.mark.parametrize("element", ["nonsense", b"\xff", '{"id": "by-hand", "data": {}}'])
 def test_element_that_was_pushed_by_hand_waits_for_an_unknown_time(
     admin: Admin, queue: TaskQueue, element: str | bytes
@@ -383,7 +394,7 @@ def test_named_dead_tasks_are_queued_again_and_the_others_stay(admin: Admin, que
     again = admin("requeue", "4")
 
     assert (result.code, result.lines) == (1, ["2.r2", "4.r2"])
-    assert result.err == "task_streams: no dead letter of a task nobody\n"
+    assert result.err == "task_streams: task nobody is not among the dead letters\n"
     assert [json.loads(letter)["id"] for letter in queue.redis.lrange(keys.DEAD, 0, -1)] == ["3", "1"]
     assert (again.code, again.out) == (1, "")
 

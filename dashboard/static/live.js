@@ -12,8 +12,8 @@ const HIDDEN_MS = 30_000; // a tab hidden for longer gives its connection back: 
 // The names of docs/events.md. An entry with a name of its own comes as "message".
 const NOTICES = new Set(["gap", "reset"]); // what the server itself says
 const NAMES = [
-  "started", "processing", "chain_of_thought", "llm_delta", "llm_response", "tool_usage", "progress", "rate_limited",
-  "error", "worker_lost", "completed", "failed", "cancelled", "message", ...NOTICES,
+  "started", "processing", "chain_of_thought", "llm_call", "llm_delta", "llm_response", "tool_usage", "progress",
+  "rate_limited", "error", "worker_lost", "resumed", "in_doubt", "completed", "failed", "cancelled", "message", ...NOTICES,
 ];
 
 const away = new Set(); // "server", "redis"
