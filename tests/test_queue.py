@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from task_streams import LogReader, NoSuchTask, TaskQueue, claims, keys
 from task_streams import queue as queue_module
 from task_streams.claims import MAX_DATA_BYTES, check_id, parse_element
-from task_streams.log import MAX_ERROR_CHARS
+from task_streams.errors import MAX_ERROR_CHARS
 from task_streams.pipeline import run
 from task_streams.queue import MAX_DEPTH
 
