@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from agent import LLM, Agent
 from agent_tools import make_tools
@@ -49,12 +50,18 @@ def make_llm(delay_seconds: float, fail_rate: float) -> LLM:
     url, model, key = (os.environ.get(name, "").strip() for name in ("LLM_URL", "LLM_MODEL", "LLM_API_KEY"))
     if not url:
         return MockLLM(delay_seconds, fail_rate)
-    if not url.startswith(("http://", "https://")) or not model:
-        raise SystemExit("LLM_URL must begin with http:// or https://, and LLM_MODEL name a model: see docs/agents.md")
+    try:
+        is_url = url.startswith(("http://", "https://")) and bool(urlsplit(url).hostname)
+    except ValueError:  # as for http://[
+        is_url = False
+    if not is_url or not model:
+        raise SystemExit(
+            "LLM_URL must be like http://localhost:11434/v1, and LLM_MODEL name a model: see docs/agents.md"
+        )
     if not (key.isascii() and key.isprintable()):
         raise SystemExit("LLM_API_KEY must be printable ASCII")  # the error of a bad header would show the key
     try:
-        from openai_llm import OpenAILLM  # late: only who has a model needs the package
+        from openai_llm import OpenAILLM  # late: only users with a model of their own need it
     except ModuleNotFoundError as error:
         if error.name != "openai":
             raise

@@ -18,8 +18,8 @@ from ailf.messaging.redis import REDIS_ERRORS, to_json
 from task_streams import LeaseLost, PermanentFailure, Task, TaskCancelled, TaskLog, keys
 from task_streams.cli import number, run
 from task_streams.consuming import Consumer
+from task_streams.errors import message_of
 from task_streams.leases import Job
-from task_streams.log import message_of
 from task_streams.worker import MAX_ATTEMPTS
 
 KNOWN_TYPES = ("process_data", "send_email")

@@ -23,7 +23,7 @@ class OpenAILLM:
     def __init__(self, url: str, model: str, api_key: str = "", silence_seconds: float = SILENCE_SECONDS) -> None:
         # subtle: without a key the client would send the one in OPENAI_API_KEY, to whatever server this is
         self.model, self.api_key = model, api_key or "no-key"
-        timeout = Timeout(silence_seconds, connect=10.0)  # one that does not listen is known sooner
+        timeout = Timeout(silence_seconds, connect=10.0)  # a server that isn't listening is noticed sooner
         self.client = AsyncOpenAI(
             base_url=url, api_key=self.api_key, timeout=timeout, max_retries=0
         )  # the worker retries

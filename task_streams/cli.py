@@ -19,7 +19,7 @@ NAMED = 10  # tasks that print_ids names one by one on a terminal
 
 
 class Stderr:
-    """What sys.stderr is at the moment: while Rich draws bars, it replaces it, and writes above them."""
+    """Write to the current sys.stderr: Rich replaces it while it draws bars, and prints above them."""
 
     def write(self, text: str) -> None:
         sys.stderr.write(text)

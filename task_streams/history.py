@@ -1,4 +1,4 @@
-"""What a task's stream says of its steps: read once by a new attempt, and kept up to date by what that one writes."""
+"""The steps in a task's stream. A new attempt reads them once, and then notes what it writes itself."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class History:
         self._gone = 0  # entries that the stream has no more
 
     async def read(self, task: "Task") -> None:
-        """Read the stream up to this attempt's `started`. From that on only this attempt has written."""
+        """Read the stream up to this attempt's `started`. From there on, only this attempt has written."""
         cursor, last, count = Cursor(), f"{task.epoch}-{task.seq}", 0
         while order(cursor.id) < order(last):
             page = await self._log.read(cursor.id, last, PAGE)
@@ -57,7 +57,7 @@ class History:
             if not page:
                 break
         self._gone = task.seq - count
-        # subtle: in a Cluster a record may not know yet how far the stream was that is lost now
+        # subtle: in a Cluster, the record may not know yet how far a lost stream had come
         if task.attempt > 1 and self._starts < 2 and not self.problem:
             self.hides_entries, self.problem = True, "nothing is left of the attempts before"
 
@@ -91,9 +91,9 @@ class History:
         self._words = []
 
     def more_fields(self, event: str) -> list[str]:
-        """Return what the next entry says besides: an llm_response, how many llm_delta right before it it repeats.
+        """Return extra fields for the next entry: an llm_response says how many llm_delta entries it repeats.
 
-        So whoever reads the stream when those are dropped does not miss them.
+        If those are dropped later, a reader knows that nothing is missing.
         """
         return ["replaces", str(len(self._words))] if event == "llm_response" and self._words else []
 

@@ -1,4 +1,4 @@
-"""Durable steps: what one attempt has completed, a later attempt takes from the stream instead of doing it again.
+"""Durable steps: a later attempt takes completed results from the stream instead of making the calls again.
 
     first attempt    append `started`, call, append `completed` with the result, return it
     a later one      finds `completed`: returns that result, and nothing runs
@@ -12,7 +12,9 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .errors import InDoubt, NothingHappened, PermanentFailure, message_of
+from ailf.messaging.redis import REDIS_ERRORS
+
+from .errors import InDoubt, LeaseLost, NothingHappened, PermanentFailure, StreamEnded, message_of
 from .history import History, Recorded
 from .reader import Event
 from .steps import Step, digest_of, value_of
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """The steps of one task, as one attempt sees them. The way in is TaskLog.step()."""
+    """The steps of one task, as one attempt sees them. Handlers use it through TaskLog.step()."""
 
     def __init__(self, log: "TaskLog", task: "Task") -> None:
         self._log, self._task = log, task
@@ -108,13 +110,13 @@ class Journal:
         return value_of(Event("", event, fields))[1]
 
     async def _note_failure(self, step: Step, error: BaseException, began: float) -> None:
-        """Write that a call raised or was cancelled; raise InDoubt if it may have happened, and must not twice."""
+        """Write that a call raised or was cancelled; raise InDoubt if it may have happened and must not be repeated."""
         has_happened = not isinstance(error, NothingHappened)
         if step.is_safe or not has_happened:
             self.history.steps.pop(step.key, None)
         more = {"error": message_of(error), "duration_ms": round((time.monotonic() - began) * 1000)}
         event, fields = step.ended("failed", {**more, "nothing_happened": not has_happened})
-        with suppress(Exception):  # then `started` stands alone, which says as much
+        with suppress(LeaseLost, StreamEnded, *REDIS_ERRORS):  # then `started` stands alone, which says as much
             await self._log.add_always(event, **fields)
         if has_happened and not step.is_safe:
             doubt = await self._doubt(step.key, f"its call ended with {type(error).__name__}: {message_of(error)}")
@@ -135,7 +137,7 @@ class Journal:
                 await self._log.add("resumed", steps=taken)
 
     async def say_doubts(self) -> None:
-        """Append `in_doubt` for each step that is, if the task ends without another run of its handler."""
+        """Append `in_doubt` for each step in doubt if the task ends without another run of its handler."""
         if not self._is_read:
             await self.history.read(self._task)
             for key, one in self.history.steps.items():
@@ -153,6 +155,6 @@ class Journal:
         """Write that a step is in doubt; return the error, which every later step of this attempt raises, too."""
         advice = f"Find out what has happened. `python -m task_streams requeue {self._task.id}` does the task again"
         self._refusal = InDoubt(f"{what} is in doubt: {why}. {advice}")
-        with suppress(Exception):  # if the lease is lost, the worker finds that out as well
+        with suppress(LeaseLost, StreamEnded, *REDIS_ERRORS):  # if the lease is lost, the worker finds that out as well
             await self._log.add_always("in_doubt", step=what, reason=why)
         return self._refusal

@@ -17,7 +17,6 @@ from ailf.messaging.redis import REDIS_ERRORS, encode, is_transient
 
 from . import keys
 from .errors import LeaseLost, StreamEnded
-from .errors import message_of as message_of  # consumer.py takes it from here
 from .journal import Journal
 from .retrying import delays
 from .steps import Step
@@ -94,7 +93,7 @@ class TaskLog:
         return await self._journal.do(Step(name, call, args, safe_to_repeat, is_llm, about or {}, key or ""))
 
     async def say_doubts(self) -> None:
-        """Append `in_doubt` for each step that is, before the end of a task whose handler does not run again."""
+        """Append `in_doubt` for each step in doubt, before the end of a task whose handler does not run again."""
         await Journal(self, self._task).say_doubts()
 
     async def read(self, after: str, until: str, count: int) -> list[Any]:
@@ -149,7 +148,7 @@ class TaskLog:
 
     @property
     def is_over(self) -> bool:
-        """Whether this worker must believe that it holds the task no more."""
+        """Whether this worker must assume that it no longer holds the task."""
         return self.is_lost or time.monotonic() > self.deadline
 
     def _prepare(self, event: str, fields: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Durable steps: what one attempt has completed, the next one does not do again; what is in doubt, nobody repeats."""
+"""Durable steps: the next attempt does not repeat a completed step, and a step in doubt is never repeated silently."""
 
 import asyncio
 import random
@@ -613,7 +613,7 @@ def test_deltas_make_room_for_steps_and_no_reader_reports_a_gap(
 
 
 def test_gap_is_exact_beside_replaced_entries() -> None:
-    """Entries 2 to 5 are repeated by 6. What is missing beyond them was lost."""
+    """Entry 6 repeats entries 2 to 5. Anything else that is missing was lost."""
     response = Event("1-6", "llm_response", {"replaces": 4})
     for since, missed in (("0", 1), ("1-1", 0), ("1-3", 0), ("1-5", 0)):
         told = list(Cursor(since).take([response]))
@@ -744,7 +744,7 @@ def run_and_kill(
 def test_kill_9_at_random_repeats_no_completed_step(
     valkey: Server, script: Start, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    """Two workers, one killed now and then: what was completed is not called again, and every task ends."""
+    """One of two workers is killed now and then: no completed step runs again, and every task ends."""
     run_and_kill(valkey, script, tmp_path / "calls", 15, 4, *options)
 
 

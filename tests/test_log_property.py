@@ -295,7 +295,7 @@ class LogMachine(RuleBasedStateMachine):
 
     @rule()
     def delete_stream(self) -> None:
-        """Its content is lost. What is written later is one history again."""
+        """The stream loses its content. Entries written later form one consistent history."""
         if self.redis.exists(keys.stream(ID)) and not self.open_end():
             self.redis.delete(keys.stream(ID))
             self.history.steps.clear()

@@ -501,6 +501,8 @@ def test_environment_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ("variables", "said"),
     [
         ({"LLM_URL": "localhost:11434", "LLM_MODEL": "m"}, "http://"),
+        ({"LLM_URL": "http://[", "LLM_MODEL": "m"}, "http://"),
+        ({"LLM_URL": "http://", "LLM_MODEL": "m"}, "http://"),
         ({"LLM_URL": "http://localhost:11434/v1"}, "LLM_MODEL"),
         ({"LLM_URL": "http://localhost:11434/v1", "LLM_MODEL": "m", "LLM_API_KEY": "käy"}, "LLM_API_KEY"),
         ({"LLM_URL": "http://localhost:11434/v1", "LLM_MODEL": "m", "LLM_API_KEY": "a\nb"}, "LLM_API_KEY"),

@@ -29,8 +29,8 @@ local function end_among(entries)
   end
 end
 
--- Return the greatest seq that this task's attempts have written: a stranger's entries do not count. If the record was
--- lost, nobody knows the epochs of the attempts, and the last entries count, whoever wrote them.
+-- Return the greatest seq that this task's attempts have written: a stranger's entries don't count. If the record was
+-- lost, the epochs of the attempts are unknown; then all of the last entries count.
 local function last_seq(stream, last, last_id, epochs, seq)
   local found = tonumber(seq) or 0
   if epochs == '' then
