@@ -15,7 +15,7 @@ import logging
 from typing import Any
 
 from ailf.messaging.redis import REDIS_ERRORS, to_json
-from task_streams import LeaseLost, PermanentFailure, Task, TaskCancelled, TaskLog, keys
+from task_streams import LeaseLost, Parked, PermanentFailure, Task, TaskCancelled, TaskLog, keys
 from task_streams.cli import number, run
 from task_streams.consuming import Consumer
 from task_streams.errors import message_of
@@ -71,6 +71,8 @@ async def work_on(job: Job, consumer: Consumer) -> None:
         except TaskCancelled as cancelled:
             await log.end("cancelled", str(cancelled), reason=str(cancelled))
             logger.info("task %s cancelled: %s", task, cancelled)
+        except Parked:  # log.ask(): it rests until somebody has answered
+            await consumer.release(job, until_answered=True)
         except (LeaseLost, *REDIS_ERRORS):
             raise
         except BaseException as error:  # the task boundary: whatever a task does, the consumer goes on

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from ailf.messaging.redis import Client, blocking_client, connect, encode
 from task_streams import Event, LogReader, TaskQueue, keys
-from task_streams.cli import number, printable, run
+from task_streams.cli import answer_command, number, printable, run
 from task_streams.reader import BLOCK_SECONDS, PAGE, check_cursor, follow
 
 EXIT_CODES = {"completed": 0, "failed": 1, "cancelled": 2}
@@ -42,9 +42,15 @@ LOOKS = {
     "chain_of_thought": ("magenta", "{step}: {thought}", "{step}: {prompt}"),
     "llm_call": ("dim blue", "{model}"),
     "llm_response": ("blue", "{model}: {response}"),
-    "tool_usage": ("yellow", CALL + " in {duration_ms} ms  {result}", CALL + "  {arguments}"),
+    "tool_usage": (
+        *("yellow", CALL + " in {duration_ms} ms  {result}", CALL + " in {duration_ms} ms  {error}"),
+        CALL + "  {arguments}",
+    ),
     "progress": ("green", "{percent:>3} %  {step}"),
     "rate_limited": ("dim yellow", "waits, {wait_ms} ms at least: no more than {limit}"),
+    "input_required": ("bold yellow", "{question}  ({choice})", "{question}"),
+    "input_received": ("yellow", "{by}: {answer}"),
+    "steered": ("yellow", "{by}: {text}"),
     "error": ("red", "{error_type}: {error}  will_retry={will_retry}"),
     "worker_lost": ("bold red", "{worker}"),
     "resumed": ("cyan", "starting over: {reason}", "{steps} completed step(s) are taken from the log"),
@@ -97,9 +103,19 @@ def new_tasks(redis: Client, known: dict[str, float]) -> list[str]:
 # -- printing ---------------------------------------------------------------------------------------------------
 
 
+def options_of(event: Event) -> list[str]:
+    """Return the answers from which a question lets people choose; none if any text will do."""
+    options = event.fields.get("options")
+    return [str(one) for one in options] if isinstance(options, list) else []
+
+
 def text_of(event: Event) -> str:
     """Return what an event says, as one line for a person."""
     values = {name: value for name, value in event.fields.items() if name != "timestamp"}
+    if options := options_of(event):
+        values["choice"] = " / ".join(options)
+    if event.name == "input_received" and values.get("answer") is None:
+        values["answer"] = "nobody answered in time"
     if event.name == "completed" and isinstance(values.get("result"), dict) and "summary" in values["result"]:
         values["summary"] = values["result"]["summary"]
     fields = {name: value if isinstance(value, str) else encode(value) for name, value in values.items()}
@@ -167,6 +183,9 @@ class Screen:
         for width in (8, min(max(3, len(task_id)), ID_CHARS), 16, None):
             table.add_column(width=width, overflow="fold")
         table.add_row(Text(clock, "dim"), Text(task_id, "bold"), Text(event.name, style), Text(text))
+        if event.name == "input_required":
+            command = answer_command(task_id, options_of(event), event.fields.get("number"))
+            table.add_row("", "", "", Text(printable(command), "dim"))
         return table
 
 

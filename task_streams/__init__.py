@@ -1,7 +1,7 @@
 """The helper that the scripts share: a queue says what to do, a stream per task says what is happening."""
 
 from .claims import Task
-from .errors import InDoubt, LeaseLost, NothingHappened, PermanentFailure, StreamEnded, TaskCancelled
+from .errors import InDoubt, LeaseLost, NothingHappened, Parked, PermanentFailure, StreamEnded, TaskCancelled
 from .log import BlockingLog, TaskLog
 from .queue import NoSuchTask, TaskQueue
 from .reader import Cursor, Event, LogReader
@@ -16,6 +16,7 @@ __all__ = [
     "LogReader",
     "NoSuchTask",
     "NothingHappened",
+    "Parked",
     "PermanentFailure",
     "StreamEnded",
     "Task",

@@ -2,6 +2,9 @@
 
 Usage:   python -m task_streams status [--once | --json]     what waits and runs; live on a terminal, until Ctrl-C
          python -m task_streams cancel ID… [--reason TEXT]   end tasks, waiting or running
+         python -m task_streams questions [--json]           what tasks ask, and wait for
+         python -m task_streams answer ID TEXT [--by NAME]   answer; the task goes on
+         python -m task_streams tell ID TEXT [--by NAME]     put a message into a task's inbox
          python -m task_streams dead [--limit N] [--json]    the tasks that were given up on, newest first
          python -m task_streams requeue [ID…]                put all or some of those again: 7 becomes 7.r2
          python -m task_streams import FILE [--skip-bad]     one {"type": …, "payload": …} a line; - is standard input
@@ -9,12 +12,13 @@ Usage:   python -m task_streams status [--once | --json]     what waits and runs
 Prints:  ids, one a line, if stdout is a pipe; problems go to stderr
 Exits:   0 done, 1 something could not be done, 2 wrong usage, 130 after Ctrl-C
 Needs:   Redis at $REDIS_URL, else localhost:6379, else the embedded server, which only import starts
-Keys:    reads task_queue, {task_queue}:leases, :dead, :totals and the records
+Keys:    reads task_queue, {task_queue}:leases, :dead, :totals and the records, in which answers and messages go
 See:     tutorial/part6.md, tutorial/part7.md
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +36,7 @@ from ailf.messaging.redis.__main__ import main as embedded_server
 
 from . import keys
 from .claims import Malformed, parse_element
-from .cli import number, parse_json, print_ids, printable, put_all
+from .cli import answer_command, number, parse_json, print_ids, printable, put_all
 from .consuming import WORKER_NAME
 from .queue import NoSuchTask, TaskQueue
 
@@ -89,7 +93,7 @@ def look(client: Client) -> dict[str, Any]:
     except Malformed:
         put_ms = None  # as of a task that was pushed by hand: it has no record yet
     ids, running = client.zrange(keys.LEASES, 0, MOST_LEASES - 1), []
-    resting = client.zcard(keys.LEASES) - len(ids)  # those that are not looked at
+    resting, parked = client.zcard(keys.LEASES) - len(ids), 0  # resting: also those that are not looked at
     with client.pipeline(transaction=False) as pipe:
         for task_id in ids:
             pipe.hmget(keys.record(task_id), "status", "worker", "started_at", "attempts", "cancel")
@@ -98,12 +102,15 @@ def look(client: Client) -> dict[str, Any]:
                 note = "its worker is gone" if worker not in workers else "asked to stop" if cancel else ""
                 task = {"id": task_id, "worker": worker, "seconds": age(started_ms)}
                 running.append({**task, "attempt": int(attempt), "note": note})
+            elif state == "parked":
+                parked += 1
             elif state not in (None, "waiting", *OUTCOMES):  # those were popped, or suspected, or ended a moment ago
                 resting += 1
     return {
         "waiting": client.llen(keys.QUEUE),
         "oldest_waiting_seconds": put_ms and age(put_ms),
         "running": len(running),
+        "parked": parked,  # until their questions are answered
         "resting": max(0, resting),  # until they are due: delayed, or between two attempts
         "dead": client.llen(keys.DEAD),
         **{outcome: int(total or 0) for outcome, total in zip(OUTCOMES, totals, strict=True)},
@@ -128,16 +135,49 @@ def draw(state: dict[str, Any], header: str) -> Group:
     notes = {
         "waiting": "" if oldest is None else f"the oldest for {timedelta(seconds=oldest)}",
         "running": f"{MOST_SHOWN} of them shown" if state["running"] > MOST_SHOWN else "",
+        "parked": "python -m task_streams questions" if state["parked"] else "",
         "dead": "python -m task_streams dead" if state["dead"] else "",
         "workers": ", ".join(workers[:3]) or "python agent_consumer.py starts one",
     }
-    for name in ("waiting", "running", "resting", "dead", *OUTCOMES, "workers"):
+    for name in ("waiting", "running", "parked", "resting", "dead", *OUTCOMES, "workers"):
         count = f"{len(workers) if name == 'workers' else state[name]:,}"
         counts.add_row(name, Text(count, "bold", justify="right"), Text(printable(notes.get(name, "")), "dim"))
     for task in state["tasks"]:
         cells = (task["id"], timedelta(seconds=task["seconds"]), task["attempt"], task["worker"], task["note"])
         tasks.add_row(*(Text(printable(str(cell)), overflow="fold") for cell in cells))  # subtle: Text obeys no markup
     return Group(Text(header, "dim"), "", counts, "", tasks if state["tasks"] else "")
+
+
+# -- questions, answer, tell ------------------------------------------------------------------------------------
+
+
+def questions(args: argparse.Namespace) -> int:
+    found = TaskQueue(blocking_client(connect(start=False), 0)).questions()
+    for question in found:
+        until = f"{datetime.fromtimestamp(question['expires_at'] / 1000, UTC):%Y-%m-%dT%H:%M:%SZ}"
+        if args.json:
+            print(json.dumps({**question, "expires_at": until}))
+            continue
+        options = question["options"]
+        choice = f" ({' / '.join(options)})" if options else ""
+        print(printable(f"task {question['task']}, until {until}: {question['question']}{choice}"))
+        if sys.stdout.isatty():
+            print(f"    {answer_command(question['task'], options, question['number'])}")
+    if not found:
+        complain("no open questions")
+    return 0
+
+
+def answer(args: argparse.Namespace) -> int:
+    taken = TaskQueue(connect(start=False)).answer(args.id, args.text, args.by, args.number)
+    print(printable(f"task {args.id}: answered {taken!r}") if sys.stdout.isatty() else args.id)
+    return 0
+
+
+def tell(args: argparse.Namespace) -> int:
+    TaskQueue(connect(start=False)).tell(args.id, args.text, args.by)
+    print(f"task {args.id}: told" if sys.stdout.isatty() else args.id)
+    return 0
 
 
 # -- cancel, dead, requeue --------------------------------------------------------------------------------------
@@ -264,6 +304,20 @@ def main(argv: list[str] | None = None) -> int:
     option = add("cancel", cancel, "End tasks, whether they wait or run.")
     option("ids", nargs="+", metavar="ID")
     option("--reason", default="cancelled by hand", metavar="TEXT", help="why, for its log")
+    option = add("questions", questions, "List what tasks ask people; the next one to expire first.")
+    option("--json", action="store_true", help="one JSON object a line")
+    user = os.environ.get("USER", "")
+    option = add("answer", answer, "Answer the question of a task. The first answer counts, and the task goes on.")
+    option("id", metavar="ID")
+    option("text", metavar="TEXT", help="one of the options; any text if the question has none")
+    option("--by", default=user, metavar="NAME", help=f"who says it, for the log (default: {user or 'nobody'})")
+    option("--number", type=number(1, kind=int), metavar="N", help="only if the task still asks its question N")
+    option = add(
+        "tell", tell, "Put a message into the inbox of a task that has not ended. An agent reads it at its next step."
+    )
+    option("id", metavar="ID")
+    option("text", metavar="TEXT")
+    option("--by", default=user, metavar="NAME", help=f"who says it, for the log (default: {user or 'nobody'})")
     option = add("dead", dead, "List the tasks that were given up on, and why; the newest first.")
     option("--limit", type=number(1, kind=int), default=20, metavar="N", help="at most N of them (default 20)")
     option("--json", action="store_true", help="one JSON object a line")
@@ -274,4 +328,8 @@ def main(argv: list[str] | None = None) -> int:
     option("--skip-bad", action="store_true", help="queue the good lines even if others are bad")
     add("stop", lambda _: embedded_server(["stop"]), "Stop the embedded server. Its data stay in .redis/.")
     args = parser.parse_args(argv)
-    return int(args.run(args))
+    try:
+        return int(args.run(args))
+    except (NoSuchTask, ValueError) as error:
+        complain(error)
+        return 1

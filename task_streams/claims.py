@@ -2,7 +2,7 @@
 
     claim     a lease of some seconds, a token that proves it, and the first event of the attempt (claim.lua)
     finish    the terminal event, and the record closed (finish.lua)
-    release   hand the task back, or let it rest until its next attempt (release.lua)
+    release   hand the task back, let it rest until its next attempt, or park it (release.lua)
 
 Each is one script, and repeating it changes nothing, so it is repeated when a connection is lost. On one server claim
 and first event share a call, and so do terminal event and finish. In a Cluster the record and the stream are on
@@ -202,11 +202,15 @@ def finish_call(ends: Sequence[End], is_one_server: bool) -> Call:
     return load("finish"), script_keys, args
 
 
-def release_call(task: Task, delay_seconds: float | None = None, is_lost: bool = False) -> Call:
-    """Return the call that hands a task back, or with a delay counts a failure and lets it rest. 0: lease lost."""
-    delay_ms = "" if delay_seconds is None else int(delay_seconds * 1000)
+def release_call(
+    task: Task, delay_seconds: float | None = None, is_lost: bool = False, until_answered: bool = False
+) -> Call:
+    """Return the call that hands a task back; with a delay counts a failure and lets it rest; or parks it until its
+    question is answered. 0: lease lost.
+    """
+    rest: int | str = "park" if until_answered else "" if delay_seconds is None else int(delay_seconds * 1000)
     counted = "losses" if is_lost else "" if delay_seconds is None else "failures"
-    args = [task.id, task.token, id_json(task.id), delay_ms, counted]
+    args = [task.id, task.token, id_json(task.id), rest, counted]
     return load("release"), [keys.QUEUE, keys.LEASES, keys.record(task.id)], args
 
 
@@ -291,9 +295,9 @@ class Claims:
             elif not done.done():
                 done.set_result(bool(reply))
 
-    async def release(self, task: Task, delay_seconds: float | None = None, is_lost: bool = False) -> bool:
-        """Hand a task back, to be popped next; or with a delay count a failure and let it rest. False: lease lost.
+    async def release(self, task: Task, delay_seconds: float | None = None, **how: bool) -> bool:
+        """Give a claim up, as release_call() says. False: lease lost.
 
         `is_lost` counts a lost attempt: somebody else writes its stream, or the stream is gone.
         """
-        return bool(await self.pipe.run(release_call(task, delay_seconds, is_lost)))
+        return bool(await self.pipe.run(release_call(task, delay_seconds, **how)))

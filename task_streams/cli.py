@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -57,6 +58,12 @@ def parse_json(text: str) -> Any:
 def printable(text: str) -> str:
     """Return text with control characters as escapes: they could steer a terminal. printable("\\a") -> '\\\\x07'"""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def answer_command(task_id: str, options: Sequence[str] | None, number: object) -> str:
+    """Return what a person types to answer a question; with its number, since another one may be open by then."""
+    answer = shlex.quote(options[0]) if options else "TEXT"
+    return f"python -m task_streams answer {task_id} {answer} --number {number}"
 
 
 def put_all(queue: TaskQueue, tasks: Sequence[Any], delay_seconds: float = 0) -> Iterator[Task]:

@@ -174,13 +174,14 @@ class Consumer:
             logger.exception("task %s cannot be ended; it is left to its lease", task)
         return True
 
-    async def release(self, job: Job, delay_seconds: float | None = None) -> bool | None:
-        """Hand a task back, to be popped next; or with a delay count a failure and let it rest. False: lease lost.
+    async def release(self, job: Job, delay_seconds: float | None = None, until_answered: bool = False) -> bool | None:
+        """Hand a task back, to be popped next; or with a delay count a failure and let it rest; or park it until its
+        question is answered. False: lease lost.
 
         While Redis is away it waits; if this process is told to stop, PATIENCE_SECONDS at most: then None.
         """
         job.log.stop(StreamEnded("this attempt has ended"))
-        release = functools.partial(self.claims.release, job.task, delay_seconds)
+        release = functools.partial(self.claims.release, job.task, delay_seconds, until_answered=until_answered)
         try:
             return await self.insist("write", release, PATIENCE_SECONDS)
         finally:

@@ -23,6 +23,10 @@ class InDoubt(PermanentFailure):
     """Nobody knows whether a step has happened, and it must not happen twice."""
 
 
+class Parked(BaseException):
+    """Raised by log.ask() to end the handler: the task goes on when somebody has answered. Let it pass."""
+
+
 class NothingHappened(Exception):
     """Raised by the call of a step, itself or as a subclass: it failed before it did anything, so it may run again."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import PermanentFailure
+from .questions import AGAIN, HAPPENED, Question
 from .reader import START, Cursor, Event, order
 from .steps import STEP_EVENTS, value_of
 
@@ -23,6 +24,7 @@ class Recorded:
     is_completed: bool = False
     has_value: bool = False  # False although it is completed: the result could not be stored
     value: Any = None
+    error_type: str = ""  # not empty: the value is the message of an exception that was expected
 
 
 class History:
@@ -33,6 +35,11 @@ class History:
         self.steps: dict[str, Recorded] = {}
         self.problem = ""  # why the steps cannot be relied on
         self.hides_entries = False  # some are missing, and nobody knows what they said
+        self.asked: Question | None = None  # the question that has no answer yet
+        self.answers = 0  # how many questions were answered
+        self.doubts: set[str] = set()  # steps, or "the journal", that are said to be in doubt
+        self.allowed: set[str] = set()  # keys of steps in doubt that somebody wants to be done again
+        self.told: dict[str, list[str]] = {}  # key of a look into the inbox -> the messages that it found
         self._starts = 0  # how many `started` there are
         self._words: list[str] = []  # the llm_delta entries at the end of the stream
         self._replaced: list[str] = []  # those that an llm_response repeats
@@ -64,20 +71,46 @@ class History:
     def _read_event(self, event: Event) -> None:
         self.wrote(event.name, event.id)
         self._starts += event.name == "started"
-        key, status = event.fields.get("key"), event.fields.get("status")
-        if event.name == "resumed" and "reason" in event.fields:  # that attempt has started over
+        fields, key = event.fields, event.fields.get("key")
+        if event.name == "resumed" and "reason" in fields:  # that attempt has started over
             self.steps, self.problem = {}, ""
-        elif event.name in STEP_EVENTS and isinstance(key, str):
-            if status == "started":
-                digest, is_safe = str(event.fields.get("digest")), event.fields.get("safe_to_repeat") is True
-                self.steps[key] = Recorded(digest, is_safe)
-            elif (found := self.steps.get(key)) is None:
-                pass  # it belongs to a step from before an attempt started over
-            elif status == "failed" and (found.is_safe or event.fields.get("nothing_happened") is True):
-                del self.steps[key]
-            elif status == "completed":
-                found.is_completed = True
-                found.has_value, found.value = value_of(event)
+        elif event.name == "in_doubt":
+            self.doubts.add(str(fields.get("step")))
+        elif not isinstance(key, str):
+            pass  # it is no step
+        elif event.name in STEP_EVENTS and fields.get("status") == "started":
+            self.steps[key] = Recorded(str(fields.get("digest")), fields.get("safe_to_repeat") is True)
+            self.doubts.discard(key)
+        elif event.name in STEP_EVENTS and key in self.steps:  # else it is from before an attempt started over
+            self._read_end(self.steps[key], key, event)
+        elif event.name == "input_required":
+            text, digest, step = (str(fields.get(name, "")) for name in ("question", "digest", "step"))
+            self.asked = Question(key, digest, text, fields.get("options"), step)
+        elif event.name == "input_received":
+            self.answered(key, str(fields.get("digest")), fields.get("answer"), fields.get("step"))
+        elif event.name == "steered":
+            self.told.setdefault(key, []).append(str(fields.get("text")))
+
+    def _read_end(self, found: Recorded, key: str, event: Event) -> None:
+        if event.fields.get("status") == "completed":
+            found.is_completed = True
+            found.has_value, found.value = value_of(event)
+        elif event.fields.get("is_result") is not None:
+            found.is_completed = found.has_value = True
+            found.value, found.error_type = event.fields.get("error"), str(event.fields["is_result"])
+        elif found.is_safe or event.fields.get("nothing_happened") is True:
+            del self.steps[key]
+
+    def answered(self, key: str, digest: str, answer: Any, step: Any) -> None:
+        """Note the answer to a question; or, if it is about a step in doubt, what it says about that step."""
+        self.asked, self.answers = None, self.answers + 1
+        if not step:
+            self.steps[key] = Recorded(digest, True, True, True, answer)
+        elif answer == HAPPENED:
+            self.steps[step] = Recorded(digest, False, True, True)
+        elif answer == AGAIN:
+            self.steps.pop(step, None)
+            self.allowed.add(step)
 
     # -- llm_delta ----------------------------------------------------------------------------------------------
 

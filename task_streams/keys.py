@@ -30,7 +30,7 @@ def stream(task_id: str) -> str:
     return f"task_logs:{task_id}"
 
 
-STEP, STEP_END = ("key", "digest"), ("error", "nothing_happened")  # fields that log.step() writes
+STEP, STEP_END = ("key", "digest"), ("error", "nothing_happened", "is_result")  # fields that log.step() writes
 
 # Event name -> its own fields, beside `event` and `timestamp`, which every entry has.
 EVENTS: dict[str, tuple[str, ...]] = {
@@ -45,6 +45,9 @@ EVENTS: dict[str, tuple[str, ...]] = {
         *(*STEP, "safe_to_repeat", *STEP_END),
     ),
     "progress": ("percent", "step"),
+    "input_required": ("question", "options", "expires_at", "number", *STEP, "step"),
+    "input_received": ("answer", "by", *STEP, "step"),
+    "steered": ("text", "by", "key"),
     "rate_limited": ("limit", "wait_ms"),
     "error": ("error", "error_type", "will_retry"),
     "worker_lost": ("worker",),

@@ -7,19 +7,22 @@ late append of an earlier one is refused. It also makes a repeated append harmle
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
-from ailf.messaging.redis import REDIS_ERRORS, encode, is_transient
+from ailf.messaging.redis import REDIS_ERRORS, encode, from_json, is_transient
 
 from . import keys
-from .errors import LeaseLost, StreamEnded
+from .errors import LeaseLost, Parked, StreamEnded
 from .journal import Journal
+from .lua import load
+from .questions import EXPIRES_SECONDS, MOST_MESSAGES
+from .questions import check as check_question
 from .retrying import delays
-from .steps import Step
+from .steps import ASK, Step, no_call
 
 if TYPE_CHECKING:
     from .claims import Claims, Task
@@ -47,6 +50,7 @@ class TaskLog:
         self._in_order = asyncio.Lock()  # it lets the calls pass in the order in which they came
         self._closed: Exception | None = None  # why nothing more is appended
         self._has_ended = False  # the terminal event is written
+        self.parked: Parked | None = None  # the handler has asked a question, and the task is to rest
         self._stopped: Exception | None = None  # why the handler may append no more
         self._journal: Journal | None = None  # from the first step on
 
@@ -75,6 +79,7 @@ class TaskLog:
         safe_to_repeat: bool = False,
         kind: str = "",
         about: Mapping[str, Any] | None = None,
+        expected: tuple[type[Exception], ...] = (),
     ) -> Any:
         """Return call(*args), which a later attempt takes from the stream: a completed step does not run again.
 
@@ -83,25 +88,80 @@ class TaskLog:
         tuple comes back as a list. A step is known by its `key`, or else by its name and the number of its call; two
         of one name at the same time need keys. `kind` is "tool" (`tool_usage`: the name is tool.action) or "llm"
         (`llm_call`, `llm_response`), the latter also by the name "llm". `about` has more fields for its entries.
+        Exceptions of the types in `expected` are results too: a later attempt raises them again, made of their message.
 
         If nobody knows whether it has happened (its worker was lost, or the call raised), a step that is
-        `safe_to_repeat` is done again. Another one raises InDoubt, which fails the task, unless the call raised
-        NothingHappened. Raises what the call and add() raise.
+        `safe_to_repeat` is done again. About another one a person is asked, as by ask(), unless the call raised
+        NothingHappened: "it happened" (then this returns None), "do it again" or "fail" (InDoubt, also if nobody
+        answers within a day). Raises what the call and add() raise.
         """
-        self._journal = self._journal or Journal(self, self._task)
         is_llm = (kind or name.partition(".")[0]) == "llm"
-        return await self._journal.do(Step(name, call, args, safe_to_repeat, is_llm, about or {}, key or ""))
+        step = Step(name, call, args, safe_to_repeat, is_llm, about or {}, expected, key=key or "")
+        return await self._steps().do(step)
+
+    async def ask(
+        self, question: str, options: Sequence[str] | None = None, expires_seconds: float = EXPIRES_SECONDS
+    ) -> str | None:
+        """Ask a person, and return the answer: one of the options, or any text without them; None if nobody answers.
+
+        The task is parked: this raises Parked, a BaseException, and no process holds the task until somebody answers
+        (`python -m task_streams answer`) or the question expires. Then another attempt comes to the same question, and
+        there this returns. So all that the handler does before belongs in steps. One question at a time, and none while
+        a step runs. Raises ValueError for an impossible question, and what add() raises.
+        """
+        check_question(question, options, expires_seconds)
+        step = Step(ASK, no_call, (question, options), True, False, expires_seconds=expires_seconds)
+        answer: str | None = await self._steps().do(step)
+        return answer
+
+    async def inbox(self) -> list[str]:
+        """Return the messages that people have sent since the last call (`python -m task_streams tell`); log `steered`.
+
+        A later attempt gets the same messages at the same place among its steps.
+        """
+        return await self._steps().look_into_inbox()
+
+    async def resuming(self) -> bool:
+        """Say whether the journal holds steps that this attempt has not come to yet.
+
+        While it does, the stream has already what a handler says around them.
+        """
+        return await self._steps().resuming()
+
+    def _steps(self) -> Journal:
+        self._journal = self._journal or Journal(self, self._task)
+        return self._journal
 
     async def say_doubts(self) -> None:
         """Append `in_doubt` for each step in doubt, before the end of a task whose handler does not run again."""
         await Journal(self, self._task).say_doubts()
 
     async def read(self, after: str, until: str, count: int) -> list[Any]:
-        """Return entries as the server sends them (XRANGE). While Redis is away it waits, until the lease is over."""
+        """Return entries as the server sends them (XRANGE)."""
+        call = self._pipe.call
+        return list(await self._insist(lambda: call("XRANGE", self._stream, f"({after}", until, "COUNT", count)))
+
+    async def messages(self, after: int) -> list[dict[str, str]]:
+        """Return the messages in the task's inbox, {"text", "by"}, behind the first `after` ones."""
+        names = [f"told:{after + 1 + n}" for n in range(MOST_MESSAGES)]
+        texts = await self._insist(lambda: self._pipe.call("HMGET", keys.record(self.task_id), *names))
+        found = [from_json(text) for text in texts if text]
+        return [{"text": one["text"], "by": one["by"]} for one in found]
+
+    async def open_question(self, question: str, expires_ms: int) -> tuple[str, int]:
+        """Note a question in the task's record; return the answer as JSON, "" if there is none, and when it expires."""
+        call = load("ask"), [keys.record(self.task_id)], [self._task.token, question, expires_ms]
+        reply = await self._insist(lambda: self._pipe.run(call))
+        if reply is None:
+            raise LeaseLost(f"task {self.task_id} is held by somebody else now")
+        return reply[0], reply[1]
+
+    async def _insist(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Repeat a call while Redis is away, until the lease is over."""
         for delay in delays():
             self.check()
             try:
-                return list(await self._pipe.call("XRANGE", self._stream, f"({after}", until, "COUNT", count))
+                return await call()
             except REDIS_ERRORS as error:
                 if not is_transient(error):
                     raise
@@ -215,6 +275,18 @@ class BlockingLog:
     def step(self, name: str, call: Callable[..., Any], /, *args: Any, **how: Any) -> Any:
         """Return call(*args), once, as TaskLog.step() does. Threads at the same time need keys, too."""
         return asyncio.run_coroutine_threadsafe(self._log.step(name, call, *args, **how), self._loop).result()
+
+    def ask(self, question: str, options: Sequence[str] | None = None, **how: Any) -> str | None:
+        """Ask a person, as TaskLog.ask() does: it raises Parked, and another attempt gets the answer."""
+        return asyncio.run_coroutine_threadsafe(self._log.ask(question, options, **how), self._loop).result()
+
+    def inbox(self) -> list[str]:
+        """Return the messages that people have sent, as TaskLog.inbox() does."""
+        return asyncio.run_coroutine_threadsafe(self._log.inbox(), self._loop).result()
+
+    def resuming(self) -> bool:
+        """Say whether the journal holds steps that this attempt has not come to yet."""
+        return asyncio.run_coroutine_threadsafe(self._log.resuming(), self._loop).result()
 
     def check(self) -> None:
         """Raise what add() would raise, without writing: for a handler that waits."""

@@ -45,6 +45,7 @@ from .errors import MAX_ERROR_CHARS
 from .log import TTL_SECONDS
 from .lua import load
 from .pipeline import Call, first_transient, run
+from .questions import MOST_MESSAGES, choose, open_question
 from .reader import LogReader
 from .retrying import repeat
 
@@ -64,6 +65,8 @@ PUT_BYTES = 4_000_000  # of data in one call: the server does nothing else meanw
 MOST_IDS = 100  # drawn at one time for tasks that are put one by one
 WAIT_MS = 1_000  # for replicas to have a put, before it is repeated; shorter than the socket waits
 PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
+
+QUESTION_FIELDS = ("status", "question", "answer", "expires_at")
 
 _REQUEUED = re.compile(r"\.r([0-9]+)$")  # the end of a requeued task's id
 
@@ -252,6 +255,65 @@ class TaskQueue:
             if status == "cancelled":
                 return "cancelled"
         raise ValueError(f"task {task_id} has ended already: {status}")
+
+    def questions(self) -> list[dict[str, Any]]:
+        """Return the questions that can be answered now, the next one to expire first.
+
+        Each is {"task", "number", "question", "options" (None: any text will do), "expires_at" (ms)}.
+        """
+        found = []
+        for start in itertools.count(0, AUDIT_LIMIT):
+            ids = self.redis.zrange(keys.LEASES, start, start + AUDIT_LIMIT - 1)
+            with self.redis.pipeline(transaction=False) as pipe:
+                for task_id in ids:
+                    pipe.hmget(keys.record(task_id), *QUESTION_FIELDS)
+                replies = pipe.execute(raise_on_error=False)  # a spoilt record asks nothing
+            first_transient(replies)
+            for task_id, reply in zip(ids, replies, strict=True):
+                if not isinstance(reply, Exception) and (question := open_question(*reply)):
+                    found.append({"task": task_id, **question})
+            if len(ids) < AUDIT_LIMIT:
+                return found
+        return found
+
+    def answer(self, task_id: str, text: str, by: str = "", number: int | None = None) -> str:
+        """Answer the question that a task has asked; return the answer as the task gets it. The first answer counts.
+
+        With a number, only if that is still the question that is open. Raises NoSuchTask; and ValueError, with a reason
+        for the person who answers, if the answer is not one of the options, comes too late, or nothing is asked.
+        """
+        fields = self.redis.hmget(keys.record(task_id), *QUESTION_FIELDS)
+        if fields[0] is None:
+            raise NoSuchTask(task_id)
+        question = open_question(*fields)
+        if question is None:
+            ended = f": it has ended ({fields[0]})" if fields[0] in keys.TERMINAL else ", or somebody has answered"
+            raise ValueError(f"task {task_id} asks nothing now{ended}")
+        if number not in (None, question["number"]):
+            raise ValueError(f"task {task_id} asks question {question['number']} now, not {number}")
+        text = choose(text, question["options"])
+        answer = to_json({"text": text, "by": by[:MAX_OWN_ID], "id": secrets.token_hex(8)})
+        script_keys = [keys.QUEUE, keys.LEASES, keys.record(task_id)]
+        reply = self._run((load("answer"), script_keys, [task_id, id_json(task_id), fields[1], answer]))
+        if reply == "expired":
+            raise ValueError(f"the question of task {task_id} has expired: nobody answered in time")
+        if reply != "answered":
+            raise ValueError(f"the question of task {task_id} is closed: somebody has answered, or the task has ended")
+        return text
+
+    def tell(self, task_id: str, text: str, by: str = "") -> None:
+        """Put a message into the inbox of a task that has not ended; its handler reads it with log.inbox().
+
+        Raises NoSuchTask, or ValueError if the task has ended, its inbox is full, or the text is not fit.
+        """
+        message = to_json({"text": choose(text, None, "message"), "by": by[:MAX_OWN_ID], "id": secrets.token_hex(8)})
+        reply = self._run((load("tell"), [keys.record(task_id)], [message, MOST_MESSAGES]))
+        if reply is None:
+            raise NoSuchTask(task_id)
+        if reply == "full":
+            raise ValueError(f"task {task_id} was told {MOST_MESSAGES} messages already, which is the limit")
+        if reply != "told":
+            raise ValueError(f"task {task_id} has ended already: {reply}")
 
     def requeue_dead(self, only: Collection[str] | None = None) -> tuple[list[tuple[str, Task]], int]:
         """Put every dead task again, or `only` those of some ids. Return the pairs (old id, new task), and how many

@@ -17,6 +17,7 @@ from .threads import Outcome, in_thread
 
 THREADS = 4  # plain functions that run at once in a process: a data tool may take 300 MB
 MAX_ARGUMENTS_CHARS = 20_000  # of the arguments in an entry, which only people read
+ASK = "ask()"  # the name of a step that is a question
 STEP_EVENTS = ("tool_usage", "llm_call", "llm_response")
 ANSWER = ("response", "calls", "usage")  # a dict of exactly these becomes the fields of `llm_response`
 
@@ -34,7 +35,9 @@ class Step:
     args: tuple[Any, ...]
     is_safe: bool
     is_llm: bool
-    about: Mapping[str, Any]  # more fields of its entries
+    about: Mapping[str, Any] = field(default_factory=dict)  # more fields of its entries
+    expected: tuple[type[Exception], ...] = ()  # exceptions that are results, too
+    expires_seconds: float = 0.0  # not 0: it is a question, and its arguments are the text and the options
     key: str = ""
     call_id: str = ""
     idempotency_key: str = ""  # the same in each attempt, for the outside world to tell a repeated call by
@@ -110,9 +113,15 @@ async def guarded(call: Callable[[], Awaitable[Any]]) -> Any:
         raise RuntimeError(f"the call raised {error!r}") from error
 
 
+def no_call() -> None:
+    """Stand for the call of a question, which has none."""
+
+
 def value_of(event: Event) -> tuple[bool, Any]:
     """Return whether the last entry of a step holds its result, and the result."""
     fields = event.fields
+    if event.name == "input_received":
+        return True, fields.get("answer")
     if event.name == "llm_response" and fields.keys() >= set(ANSWER):
         return True, {name: fields[name] for name in ANSWER}
     name = "response" if event.name == "llm_response" else "result"

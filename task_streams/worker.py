@@ -23,7 +23,7 @@ from ailf.messaging.redis import REDIS_ERRORS
 from . import keys
 from .claims import LEASE_SECONDS, MOST_TOGETHER, Task
 from .consuming import PATIENCE_SECONDS, SILENCE_SECONDS, Consumer
-from .errors import LeaseLost, PermanentFailure, TaskCancelled, message_of
+from .errors import LeaseLost, Parked, PermanentFailure, TaskCancelled, message_of
 from .leases import STUBBORN_SECONDS, Job, OutOfTime
 from .log import BlockingLog
 from .queue import BLOCK_SECONDS
@@ -275,12 +275,16 @@ class _Worker:
         why, result, error = job.why, None, None
         if why is None and job.handler is not None:
             result, error = job.handler.result()
+            error = job.log.parked or error
             why = error if isinstance(error, TaskCancelled) else None
         if isinstance(why, HandedBack):
             await self.give_back(job)
         elif isinstance(why, TaskCancelled):
             await job.log.end("cancelled", str(why), reason=str(why))
             logger.info("task %s cancelled: %s", job.task, why)
+        elif isinstance(error, Parked) and why is None:
+            logger.info("task %s is parked until somebody answers its question", job.task)
+            await self.consumer.release(job, until_answered=True)
         elif why is not None or error is not None:
             await self.failed(job, why or error)
         else:

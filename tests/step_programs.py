@@ -1,4 +1,5 @@
-"""A worker for the tests to kill: its handler takes four tool steps and five LLM steps, two of the tools unsafe.
+"""A worker for the tests to kill: its handler takes four tool steps and five LLM steps, two of the tools unsafe. It
+asks a question before the last tool.
 
 Usage:   python tests/step_programs.py CALLS [options of a consumer] [--blocking]
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from task_streams import BlockingLog, Task, TaskLog, run_worker
 from task_streams.cli import add_worker_arguments, run, worker_options
 
+QUESTION = "Refund it?"
 UNSAFE = ("mail", "refund")
 STEPS = ("llm", "data.load", "llm", "mail", "llm", "data.query", "llm", "refund", "llm")
 DIE_AFTER = os.environ.get("TASK_STREAMS_DIE_AFTER", "")
@@ -63,6 +65,8 @@ def make_handler(calls: Calls) -> Any:
             def use(question: int, idempotency_key: str, name: str = name) -> Any:
                 return calls.make(task, name, idempotency_key)
 
+            if name == "refund":
+                assert await log.ask(QUESTION, ["yes", "no"]) == "yes"
             await log.step(name, ask if name == "llm" else use, number, safe_to_repeat=name not in UNSAFE)
             await log.add("progress", percent=number)
         return len(STEPS)
@@ -80,6 +84,8 @@ def make_blocking_handler(calls: Calls) -> Any:
                 step = f"llm{question}" if name == "llm" else name
                 return calls.make(task, step, idempotency_key)
 
+            if name == "refund":
+                assert log.ask(QUESTION, ["yes", "no"]) == "yes"
             log.step(name, use, number, safe_to_repeat=name not in UNSAFE)
             log.add("progress", percent=number)
         return len(STEPS)

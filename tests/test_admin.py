@@ -19,7 +19,7 @@ from streams import finish, take
 from test_scripts import elements, finished, on_terminal
 
 from ailf.messaging.redis import RedisUnavailable, embedded
-from task_streams import LogReader, Task, TaskQueue, keys
+from task_streams import LogReader, Task, TaskLog, TaskQueue, keys, run_worker
 from task_streams.admin import main
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -145,7 +145,7 @@ def test_status_of_an_empty_queue_is_all_zeros(admin: Admin) -> None:
     result = admin("status")
 
     assert result.code == 0
-    names = "waiting running resting dead completed failed cancelled workers"
+    names = "waiting running parked resting dead completed failed cancelled workers"
     assert result.lines == [f"{name} 0" for name in names.split()]
 
 
@@ -627,3 +627,80 @@ def test_arguments_that_make_no_sense_are_a_usage_error(admin: Admin, arguments:
 
     assert (result.code, result.out) == (2, "")
     assert "error: " in result.err.splitlines()[-1]
+
+
+# -- questions, answer, tell ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asking(valkey: Server, queue: TaskQueue) -> str:
+    """The id of a task that asks "Send it?", and reports its answer and its messages."""
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        return [await log.ask(f"Send it? {HOSTILE}", ["yes", "no"]), await log.inbox()]
+
+    def work() -> None:
+        run_worker(handle, url=valkey.url, burst=True)
+
+    task = queue.put({})
+    work()
+    queue.work = work  # type: ignore[attr-defined]
+    return task.id
+
+
+def test_question_is_listed_and_answered(admin: Admin, queue: TaskQueue, asking: str) -> None:
+    """The list is safe to print; --json has all of it. The task's log names the person."""
+    [line] = admin("questions").lines
+    assert line.startswith(f"task {asking}, until 20")
+    assert line.endswith(f"Z: Send it? {SHOWN} (yes / no)")
+    [question] = [json.loads(line) for line in admin("questions", "--json").lines]
+    assert (question["task"], question["number"], question["options"]) == (asking, 1, ["yes", "no"])
+    assert status_of(admin)["parked"] == 1
+    shown = admin("questions", terminal=True).out
+    assert f"python -m task_streams answer {asking} yes --number 1" in shown
+
+    assert admin("tell", asking, "be quick", "--by", "bob").out == f"{asking}\n"
+    assert admin("answer", asking, "Yes", "--by", "anna").out == f"{asking}\n"
+    queue.work()  # type: ignore[attr-defined]
+
+    history = LogReader(asking, queue.redis).read()
+    assert history[-1].fields["result"] == ["yes", ["be quick"]]
+    said = [(event.name, event.fields.get("by")) for event in history if "by" in event.fields]
+    assert said == [("input_received", "anna"), ("steered", "bob")]
+    after = admin("questions")
+    assert (after.code, after.out, after.err) == (0, "", "task_streams: no open questions\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (("answer", "7777", "yes"), "no task 7777: it was never put, or it finished long ago"),
+        (("answer", "1", "maybe"), "'maybe' is not one of the answers: yes, no"),
+        (("answer", "1", "yes", "--number", "2"), "task 1 asks question 1 now, not 2"),
+        (("tell", "1", " "), "the message is empty"),
+        (("tell", "7777", "hello"), "no task 7777: it was never put, or it finished long ago"),
+    ],
+)
+def test_answer_or_message_that_cannot_count_is_one_clear_line(
+    admin: Admin, asking: str, command: tuple[str, ...], complaint: str
+) -> None:
+    result = admin(*command)
+    assert (result.code, result.out, result.err) == (1, "", f"task_streams: {complaint}\n")
+
+
+def test_answer_to_a_task_that_has_ended_is_one_clear_line(admin: Admin, queue: TaskQueue, asking: str) -> None:
+    admin("cancel", asking)
+    for command in ("answer", "tell"):
+        result = admin(command, asking, "yes")
+        assert (result.code, result.out, len(result.err.splitlines())) == (1, "", 1)
+        assert "ended" in result.err
+
+
+def test_reader_shows_a_question_with_the_command_that_answers_it(
+    valkey: Server, queue: TaskQueue, asking: str
+) -> None:
+    piped = typed(valkey.url, "stream_reader.py", asking, "--no-follow")
+    assert "input_required Send it?" in piped.out
+    shown = typed(valkey.url, "stream_reader.py", asking, "--no-follow", terminal=True).out
+    assert f"python -m task_streams answer {asking} yes --number 1" in " ".join(shown.split())
+    assert piped.code == 3
