@@ -21,8 +21,13 @@ LLM_RATE = "llm_rate"  # RedisRateLimiter: the calls of all workers to one LLM, 
 
 
 def record(task_id: str) -> str:
-    """Return the key of a task's record, a hash: data, status, attempts, worker, token, timestamps, result."""
+    """Return the key of a task's record, a hash: data, status, attempts, owner, worker, token, timestamps, result."""
     return f"{{task_queue}}:task:{task_id}"
+
+
+def owned(owner: str) -> str:
+    """Return the key of an owner's last tasks, a zset: id -> when it was put (ms)."""
+    return f"{{task_queue}}:owned:{owner}"
 
 
 def stream(task_id: str) -> str:

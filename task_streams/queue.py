@@ -66,6 +66,11 @@ MOST_IDS = 100  # drawn at one time for tasks that are put one by one
 WAIT_MS = 1_000  # for replicas to have a put, before it is repeated; shorter than the socket waits
 PATIENCE_SECONDS = 15.0  # how long a put or another change is repeated while Redis is away
 
+OWNED_SECONDS = 2 * LONGEST_DELAY_SECONDS  # how long the list of an owner's tasks lives after the last put
+OWNER = re.compile(r"[A-Za-z0-9._:@+-]{1,128}")
+TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)  # w3.org/TR/trace-context
 QUESTION_FIELDS = ("status", "question", "answer", "expires_at")
 
 _REQUEUED = re.compile(r"\.r([0-9]+)$")  # the end of a requeued task's id
@@ -116,32 +121,50 @@ class TaskQueue:
 
     # -- putting ------------------------------------------------------------------------------------------------
 
-    def put(self, data: Any, id: str | None = None, delay_seconds: float = 0) -> Task:
+    def put(
+        self, data: Any, id: str | None = None, delay_seconds: float = 0, owner: str = "", traceparent: str = ""
+    ) -> Task:
         """Put a task: when this returns, the task will reach a terminal event. Atomic.
 
         With an id of one's own the put is idempotent: a second put of that id returns the first task, whose `is_new` is
         False, and queues nothing. Ids of digits only belong to the counter. With a delay the task waits in the leases
-        until it is due. Raises ValueError or TypeError if data is not JSON or over MAX_DATA_BYTES, ValueError for an
-        impossible delay, and redis-py's errors if Redis stays away.
+        until it is due. An owner is a user's name: the dashboard shows a task to its owner alone. `traceparent` is the
+        W3C trace that the task belongs to. Both are kept in the record.
+
+        Raises ValueError or TypeError if data is not JSON or over MAX_DATA_BYTES, ValueError for an impossible delay,
+        owner or traceparent, and redis-py's errors if Redis stays away.
         """
-        [task] = self.put_many([data], delay_seconds, None if id is None else [_check_own_id(id)])
+        [task] = self.put_many([data], delay_seconds, None if id is None else [_check_own_id(id)], owner, traceparent)
         return task
 
-    def put_many(self, items: Iterable[Any], delay_seconds: float = 0, ids: Sequence[str] | None = None) -> list[Task]:
+    def put_many(
+        self,
+        items: Iterable[Any],
+        delay_seconds: float = 0,
+        ids: Sequence[str] | None = None,
+        owner: str = "",
+        traceparent: str = "",
+    ) -> list[Task]:
         """Put tasks, PUT_BATCH in one call, with one INCRBY for their ids; return them in the order of the queue.
 
         Each task is put as a whole, the batch is not: if an error is raised, the tasks before it may have been put.
         """
         if not 0 <= delay_seconds <= LONGEST_DELAY_SECONDS:
             raise ValueError(f"a delay of {delay_seconds:g} s is not between 0 and {LONGEST_DELAY_SECONDS:,}")
+        if owner and not OWNER.fullmatch(owner):
+            raise ValueError(f"not an owner: {owner[:80]!r} (letters, digits and . _ : @ + - only, 128 at most)")
+        if traceparent and not TRACEPARENT.fullmatch(traceparent):
+            raise ValueError(f"not a W3C traceparent: {traceparent[:80]!r} (expected 00-<32 hex>-<16 hex>-<2 hex>)")
         send = self._run_and_wait if self.wait_replicas else functools.partial(run, self.redis)
         own = None if ids is None else map(check_id, ids)
         tasks: list[Task] = []
         for batch in _batches(map(_check_data, items)):
             while batch:
                 names = self._draw_ids(len(batch)) if own is None else list(itertools.islice(own, len(batch)))
-                script_keys = [keys.QUEUE, keys.LEASES, keys.UNFINISHED, keys.RECENT, *map(keys.record, names)]
+                script_keys = [keys.QUEUE, keys.LEASES, keys.UNFINISHED, keys.RECENT, keys.owned(owner)]
+                script_keys += map(keys.record, names)
                 args: list[Any] = [RECENT_TASKS, int(delay_seconds * 1000), secrets.token_hex(8)]
+                args += (owner, traceparent, OWNED_SECONDS)
                 for task_id, data in zip(names, batch, strict=True):
                     args += (task_id, id_json(task_id), data)
                 put = load("put"), script_keys, args
@@ -354,10 +377,11 @@ class TaskQueue:
         return task
 
     def _put_again(self, old: str, data: Any) -> Task:
+        owner, traceparent = self.redis.hmget(keys.record(old), "owner", "traceparent")
         base, number = (old[: found.start()], int(found[1])) if (found := _REQUEUED.search(old)) else (old, 1)
         while True:
             number += 1
-            [task] = self.put_many([data], ids=[f"{base}.r{number}"])
+            [task] = self.put_many([data], ids=[f"{base}.r{number}"], owner=owner or "", traceparent=traceparent or "")
             if task.is_new or task.data == data:  # else somebody pushed that id by hand
                 return task
 
@@ -382,6 +406,10 @@ class TaskQueue:
                 if parse_element(element).id == task_id:
                     return True
         return False
+
+    def owned(self, owner: str, count: int) -> list[str]:
+        """Return the ids of an owner's last tasks, 10,000 at most are known; the newest first."""
+        return list(self.redis.zrange(keys.owned(owner), 0, count - 1, desc=True))
 
     def next_elements(self, count: int) -> list[bytes]:
         """Return the next `count` elements of the list, undecoded; the last one is popped first."""

@@ -703,3 +703,57 @@ def test_put_over_a_spoilt_record_raises_or_takes_another_number(queue: TaskQueu
     assert queue.put("b").id == "2"
 
     assert [element["data"] for element in elements(queue)] == ["b"]
+
+
+# -- owners and traces ------------------------------------------------------------------------------------------
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def test_owner_and_trace_are_in_the_record_and_the_owner_has_a_list(queue: TaskQueue) -> None:
+    """The newest first. A task without an owner is in nobody's list, and a put that is repeated in only one."""
+    mine = [queue.put({}, owner="anna@example.org", traceparent=TRACE).id, queue.put({}, owner="anna@example.org").id]
+    queue.put({})
+    other = queue.put({}, id="a1", owner="bob").id
+    queue.put({}, id="a1", owner="bob")
+
+    record = queue.get(mine[0])
+    assert record is not None
+    assert (record["owner"], record["traceparent"]) == ("anna@example.org", TRACE)
+    assert queue.owned("anna@example.org", 10) == mine[::-1]
+    assert queue.owned("anna@example.org", 1) == mine[1:]
+    assert queue.owned("bob", 10) == [other]
+    assert queue.owned("carol", 10) == []
+    assert queue.redis.ttl(keys.owned("bob")) > 0
+
+
+def test_id_that_somebody_else_has_put_stays_in_their_list_alone(queue: TaskQueue) -> None:
+    queue.put({}, id="a1", owner="anna")
+    assert not queue.put({}, id="a1", owner="bob").is_new
+    assert (queue.owned("anna", 10), queue.owned("bob", 10)) == (["a1"], [])
+
+
+def test_requeued_task_keeps_its_owner_and_its_trace(queue: TaskQueue, worker: Hand) -> None:
+    task = queue.put({}, owner="anna", traceparent=TRACE)
+    worker.finish(worker.take(), "failed", "no")
+    again = queue.requeue(task.id)
+
+    record = queue.get(again.id)
+    assert record is not None
+    assert (record["owner"], record["traceparent"]) == ("anna", TRACE)
+    assert queue.owned("anna", 10) == [again.id, task.id]
+
+
+@pytest.mark.parametrize("owner", ["a b", "a/b", "x" * 129, "é", "a\n"])
+def test_impossible_owner_is_refused(queue: TaskQueue, owner: str) -> None:
+    with pytest.raises(ValueError, match="not an owner"):
+        queue.put({}, owner=owner)
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    ["x", TRACE.upper(), TRACE.replace("00-", "ff-"), f"00-{'0' * 32}-{'1' * 16}-01", f"00-{'1' * 32}-{'0' * 16}-01"],
+)
+def test_impossible_traceparent_is_refused(queue: TaskQueue, traceparent: str) -> None:
+    with pytest.raises(ValueError, match="not a W3C traceparent"):
+        queue.put({}, traceparent=traceparent)
