@@ -149,7 +149,11 @@ def claim_steps(
             attempt = ("attempt", reply[1]) if first[0] == "started" else ()
             epochs, put_at, lost = reply[9:]
             about = [reply[2], put_at, epochs, reply[3], lost, MAXLEN, timestamp, *first, *attempt]
-            begun = yield load("start"), [keys.stream(task.id)], about
+            [begun] = yield load("start"), [keys.stream(task.id)], about
+            first_transient([begun])
+            if isinstance(begun, Exception):
+                reply = begun
+                break
             if begun[0] == "lost":  # by its token the task is ours all the same
                 [reply] = yield claim([(task, text)], begun[1])
                 first_transient([reply])

@@ -12,11 +12,12 @@ from attempts import Attempts, attempts, end_lease, names, popped, run, seqs
 from conftest import Proxy, Server, wait_until
 from redis import Redis
 from redis.exceptions import ConnectionError as LostConnection
+from redis.exceptions import ResponseError
 
 from ailf.messaging.redis import connect
 from task_streams import LeaseLost, LogReader, StreamEnded, Task, TaskLog, TaskQueue, keys
 from task_streams import queue as queue_module
-from task_streams.claims import new_token
+from task_streams.claims import claim_steps, new_token
 from task_streams.worker import work
 
 LARGEST = 2**64 - 1
@@ -833,3 +834,15 @@ def test_cluster_closes_the_task_of_a_worker_that_died_behind_the_terminal_event
     assert names(client) == ["started", "completed"]
     assert (queue.get("1") or {})["result"] == 5
     assert client.ttl(keys.stream("1")) > 0
+
+
+def test_error_of_one_stream_in_a_cluster_concerns_its_task_alone() -> None:
+    """The record is claimed, but start.lua says no: the worker leaves that task to its lease and goes on."""
+    steps = claim_steps([(Task("1", None, token="t"), "{}")], "w", 10, is_one_server=False)
+    next(steps)
+    steps.send([["claimed", 1, "5", "0", "0", 0, "", "", "", "5", "", ""]])
+    with pytest.raises(StopIteration) as done:
+        steps.send([ResponseError("ERR spoilt")])
+
+    [problem] = done.value.value
+    assert isinstance(problem, ResponseError)
