@@ -23,7 +23,7 @@ check: .venv/ready-dev  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 bench: .venv/ready  ## how fast, as ratios to bare Redis; writes docs/performance.md (about 8 minutes)
-	@for part in speed memory watchers; do $(BIN)/python benchmarks/$$part.py --write || exit 1; done
+	@for part in speed memory watchers capacity; do $(BIN)/python benchmarks/$$part.py --write || exit 1; done
 
 chaos: .venv/ready-dev  ## break everything, 20 s each, on both engines (SECONDS_EACH=2: 10 minutes at most; ARGS="-k sentinel": some)
 	@CHAOS_SECONDS=$(or $(SECONDS_EACH),20) $(BIN)/python -m pytest $(PARALLEL) -m "chaos or smoke" $(ARGS)

@@ -12,6 +12,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import capacity
 from speed import MEASURES
 
 LONG = pytest.mark.chaos  # for `make chaos`: they take some seconds each, and both cores
@@ -103,3 +104,14 @@ def test_performance_page_has_the_rows_of_the_program() -> None:
     assert [line[:2] for line in written] == [[row.what, row.beside] for row in rows]
     for line, row in zip(written, rows, strict=True):
         assert re.findall(r"[\d.]+", line[5]) == ([] if row.target is None else [f"{row.target:g}"])
+
+
+def test_capacity_benchmark_measures_costs_and_computes_sizes(run: Run) -> None:
+    """More agents need more of everything, and the page has the table."""
+    cost = run("capacity")
+    assert min(cost.values()) > 0
+    small, large = (capacity.sizes(cost, agents) for agents in (10, 100_000))
+    assert small["workers"] == small["nodes_cpu"] == 1
+    assert large["workers"] > 1
+    assert large["memory"][24] > large["memory"][1] > small["memory"][1]
+    assert capacity.as_page(cost, "here").splitlines()[2] in (ROOT / "docs/performance.md").read_text()
