@@ -1,7 +1,7 @@
 """Take tasks from the queue and be an agent that thinks, uses tools, and reports every step live.
 
 Usage:   python agent_consumer.py [--concurrency N] [--burst] [--llm-delay S] [--llm-fail-rate P] [--llm-rate 10/s]
-         [--max-tokens N]
+         [--max-tokens N] [--approve TOOL]
 Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server; email goes to $SMTP_URL, else to outbox/;
          the LLM is $LLM_MODEL at $LLM_URL, with the key $LLM_API_KEY, else the stub
 Keys:    BRPOPs task_queue, XADDs to task_logs:<id>
@@ -82,18 +82,27 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="tokens that the LLM may use for one task (no limit)",
     )
+    add(
+        "--approve",
+        action="append",
+        default=[],
+        metavar="TOOL",
+        help="ask a person before each call of this tool, as email_sender.send; may be given several times",
+    )
     add("--data-root", type=directory, default=HERE, metavar="DIR", help="the only folder that tools read from")
     add("--outbox", type=Path, default=HERE / "outbox", metavar="DIR", help="where email goes without SMTP_URL")
     args = parser.parse_args(argv)
 
     llm = make_llm(args.llm_delay, args.llm_fail_rate)
     tools = make_tools(args.data_root, args.outbox, os.environ.get("SMTP_URL"))
+    if unknown := set(args.approve) - tools.keys():
+        parser.error(f"--approve {min(unknown)}: there is no such tool; there are {', '.join(tools)}")
     limiter = None
     if args.llm_rate:  # counted in Redis, so that all workers together stay below the LLM provider's limit
         calls, seconds = args.llm_rate
         limiter = AsyncRedisRateLimiter(f"{LLM_RATE}:{seconds:g}s", calls, seconds)  # a count for each length of window
     # LPUSH by producer.py; here BRPOP, claim, Agent(task, log) with its XADDs, then `completed`, `failed` or a retry.
-    return run_worker(Agent(llm, tools, limiter, args.max_tokens), **worker_options(args))
+    return run_worker(Agent(llm, tools, limiter, args.max_tokens, frozenset(args.approve)), **worker_options(args))
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ def answer(messages: list[Message]) -> Decision:
     except (ValueError, KeyError, TypeError):
         return f"You wrote {len(asked.split())} words, and I am only a mock: ask me about a task that I know.", None
     opening = OPENINGS[int(fraction(json.dumps(messages)) * len(OPENINGS))]
+    if messages[-1]["role"] == "user" and messages[-1]["content"] != asked:  # somebody has told the agent something
+        opening = f'You tell me: "{messages[-1]["content"]}".'
     return (f"{opening} {words}", call) if call else (words, None)
 
 
@@ -121,6 +123,8 @@ def decide_email(payload: dict[str, Any], results: Results) -> Decision:
     if "send" not in results:
         arguments = {field: payload[field] for field in ("to", "subject", "body")}
         return "The email is complete, so I send it as it is.", ToolCall("send", "email_sender.send", arguments)
+    if "declined" in results["send"]:
+        return "I did not send the email, because you said no.", None
     if "error" in results["send"]:
         return give_up(results["send"]["error"])
     return f"Sent {payload['subject']!r} to {payload['to']}.", None
@@ -135,8 +139,8 @@ def decide_data(payload: dict[str, Any], results: Results) -> Decision:
     ):
         if step not in results:
             return words, ToolCall(step, f"data_processor.{step}", {"file": file})
-        if "error" in results[step]:
-            return give_up(results[step]["error"])
+        if "result" not in results[step]:
+            return give_up(results[step].get("error") or results[step]["declined"])
 
     described = results["describe"]["result"]
     columns = described["columns"] if isinstance(described, dict) else {}  # a result that was too long came as text

@@ -49,8 +49,8 @@ LOOKS = {
     "progress": ("green", "{percent:>3} %  {step}"),
     "rate_limited": ("dim yellow", "waits, {wait_ms} ms at least: no more than {limit}"),
     "input_required": ("bold yellow", "{question}  ({choice})", "{question}"),
-    "input_received": ("yellow", "{by}: {answer}"),
-    "steered": ("yellow", "{by}: {text}"),
+    "input_received": ("yellow", "{by}: {answer}", "{answer}"),
+    "steered": ("yellow", "{by}: {text}", "{text}"),
     "error": ("red", "{error_type}: {error}  will_retry={will_retry}"),
     "worker_lost": ("bold red", "{worker}"),
     "resumed": ("cyan", "starting over: {reason}", "{steps} completed step(s) are taken from the log"),
@@ -116,6 +116,8 @@ def text_of(event: Event) -> str:
         values["choice"] = " / ".join(options)
     if event.name == "input_received" and values.get("answer") is None:
         values["answer"] = "nobody answered in time"
+    if not values.get("by"):
+        values.pop("by", None)
     if event.name == "completed" and isinstance(values.get("result"), dict) and "summary" in values["result"]:
         values["summary"] = values["result"]["summary"]
     fields = {name: value if isinstance(value, str) else encode(value) for name, value in values.items()}
@@ -170,6 +172,8 @@ class Screen:
         self.progress.update(bar, description=event.name.replace("_", " "))
         if event.is_terminal:
             self.progress.remove_task(self.bars.pop(task_id))
+        if event.name == "llm_call":
+            return  # its name is on the bar
         if event.name != "llm_response" or words != event.fields.get("response"):  # else its words were on the bar
             self.console.print(self.row(task_id, event))
 

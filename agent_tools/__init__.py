@@ -4,6 +4,7 @@ A tool is a method that takes JSON values and returns a small JSON object. It ra
 call will fail again) and ToolUnavailable for trouble that may pass (the task is retried). To add one, write a method:
 
     class MyDataProcessor(DataProcessor):
+        @safe_to_repeat
         def count_lines(self, file: str) -> Result:
             """Count the lines of a text file."""
             return {"lines": self.query(file, "SELECT count(*) FROM data")["rows"][0][0]}
@@ -11,16 +12,17 @@ call will fail again) and ToolUnavailable for trouble that may pass (the task is
 and name it:  tools = make_tools(…) | {"data_processor.count_lines": MyDataProcessor(data_root).count_lines}
 
 The LLM is told the name, the first line of the docstring and the parameters. Keyword-only parameters are the agent's
-own: `message_id`, and `check`, which raises when the task is cancelled. A real LLM then uses the tool by itself; the
-mock one needs a rule in mock_llm.py.
+own: `check` raises when the task is cancelled, and `idempotency_key` is the same if the call is repeated. If nobody
+knows whether a call has happened, a person is asked, unless the tool is marked @safe_to_repeat. A real LLM then uses
+the tool by itself; the mock one needs a rule in mock_llm.py.
 '''
 
 from pathlib import Path
 
-from .base import Result, ToolError, Tools, ToolUnavailable
+from .base import Result, ToolError, Tools, ToolUnavailable, safe_to_repeat
 from .data import DataProcessor
 
-__all__ = ["DataProcessor", "Result", "ToolError", "ToolUnavailable", "Tools", "make_tools"]
+__all__ = ["DataProcessor", "Result", "ToolError", "ToolUnavailable", "Tools", "make_tools", "safe_to_repeat"]
 
 
 def make_tools(data_root: Path, outbox: Path, smtp_url: str | None) -> Tools:
@@ -32,5 +34,6 @@ def make_tools(data_root: Path, outbox: Path, smtp_url: str | None) -> Tools:
         "data_processor.load_file": data.load_file,
         "data_processor.describe": data.describe,
         "data_processor.query": data.query,
-        "email_sender.send": email.send,
+        # in the outbox, a file tells that an email was sent; over SMTP nobody can know
+        "email_sender.send": email.send if smtp_url else safe_to_repeat(email.send),
     }

@@ -1,9 +1,10 @@
 """What all tools share: their errors, and how a value is shown in one short line."""
 
+import functools
 import json
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 Result = dict[str, Any]  # JSON, small
 Tools = dict[str, Callable[..., Result]]
@@ -25,6 +26,24 @@ class ToolError(ToolProblem):
 
 class ToolUnavailable(ToolProblem):
     """Something outside does not answer now: the same call may work later."""
+
+    def __init__(self, message: str, may_have_happened: bool = False) -> None:
+        super().__init__(message)
+        self.may_have_happened = may_have_happened  # nobody knows: the connection broke in the middle
+
+
+Tool = TypeVar("Tool", bound=Callable[..., Any])
+
+
+def safe_to_repeat(tool: Tool) -> Tool:
+    """Mark a tool that may be called twice without harm: if nobody knows whether it ran, the agent calls it again."""
+
+    @functools.wraps(tool)
+    def same(*args: Any, **how: Any) -> Any:
+        return tool(*args, **how)
+
+    same.safe_to_repeat = True  # type: ignore[attr-defined]
+    return same  # type: ignore[return-value]
 
 
 def require_text(**arguments: Any) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .base import Result, ToolError, ToolUnavailable
+from .base import Result, ToolError, ToolUnavailable, safe_to_repeat
 
 SECONDS = 120.0  # for one call: describing a file of several GB, or a query that never ends
 MAX_BYTES = 300_000_000  # of memory for one call
@@ -50,14 +50,17 @@ class DataProcessor:
         self.data_root = data_root
         self.seconds = seconds
 
+    @safe_to_repeat
     def load_file(self, file: str, *, check: Callable[[], None] = never) -> Result:
         """Read a data file once: its format, encoding, number of rows, columns."""
         return self._run("load_file", {"file": file}, check)
 
+    @safe_to_repeat
     def describe(self, file: str, *, check: Callable[[], None] = never) -> Result:
         """Describe each column: its type, missing values, least, greatest, mean and sum, or most common values."""
         return self._run("describe", {"file": file}, check)
 
+    @safe_to_repeat
     def query(self, file: str, sql: str, *, check: Callable[[], None] = never) -> Result:
         """Run one SELECT (DuckDB's SQL) on a file: its table is called data, a text file's only column line."""
         return self._run("query", {"file": file, "sql": sql}, check)

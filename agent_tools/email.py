@@ -26,18 +26,18 @@ class EmailSender:
         self.outbox = outbox
         self.smtp_url = smtp_url
 
-    def send(self, to: str, subject: str, body: str, *, message_id: str | None = None) -> Result:
+    def send(self, to: str, subject: str, body: str, *, idempotency_key: str | None = None) -> Result:
         """Send an email; `to` may be several addresses with commas between them.
 
-        A second call with the same message_id sends nothing and says "already_sent".
+        A second call with the same idempotency_key sends nothing and says "already_sent".
         The file in the outbox is the memory of what was sent. Over SMTP, a crash between the server's yes and the
         writing of that file sends twice, with the same Message-ID: the recipient's server may notice.
         """
-        message = compose(to, subject, body, message_id)
+        message = compose(to, subject, body, idempotency_key)
         number = str(message["Message-ID"])
         path = self.outbox / f"{number.strip('<>').removesuffix('@task-streams')}.eml"
         result = {"to": str(message["To"]), "subject": subject, "message_id": number, "file": str(path)}
-        if message_id and path.exists():
+        if idempotency_key and path.exists():
             return {**result, "already_sent": True}
         if not self.smtp_url:
             write_whole(path, bytes(message))
@@ -107,6 +107,7 @@ def send_by_smtp(message: EmailMessage, url: str) -> list[str]:
         is_valid = False
     if not is_valid:
         raise ToolError("SMTP_URL is not like smtp://user:password@host:587?starttls=1 or smtps://host")
+    is_sending = False
     tls = ssl.create_default_context()  # subtle: without it smtplib believes any certificate
     try:
         if parts.scheme == "smtps":
@@ -118,6 +119,7 @@ def send_by_smtp(message: EmailMessage, url: str) -> list[str]:
                 server.starttls(context=tls)
             if parts.username:
                 server.login(unquote(parts.username), unquote(parts.password or ""))
+            is_sending = True
             return list(server.send_message(message))
         finally:
             # subtle: not `with server`, which raises on a bad answer to QUIT, when the message is long sent
@@ -127,5 +129,7 @@ def send_by_smtp(message: EmailMessage, url: str) -> list[str]:
         # subtle: without the error's text. A server may repeat the password, and a UnicodeError holds the whole login.
         codes = [code for code, _ in getattr(error, "recipients", {}).values()] or [getattr(error, "smtp_code", 0)]
         told = f"{type(error).__name__} {min(codes) or ''}".strip()
-        kind = ToolError if min(codes) >= 500 or isinstance(error, UnicodeError) else ToolUnavailable
-        raise kind(f"{parts.scheme}://{host}:{port}: {told}; check SMTP_URL, the server and the address") from None
+        problem = f"{parts.scheme}://{host}:{port}: {told}; check SMTP_URL, the server and the address"
+        if min(codes) >= 500 or isinstance(error, UnicodeError):
+            raise ToolError(problem) from None
+        raise ToolUnavailable(problem, may_have_happened=is_sending and min(codes) == 0) from None

@@ -62,15 +62,21 @@ class Journal:
             await asyncio.sleep(0)  # subtle: so that a replay, too, notices two at the same time
             await self._read()
             value = await self._replay_or_run(step)
-        except BaseException:
-            if not has_key:
+        except BaseException as error:
+            if isinstance(error, step.expected):
+                self._take(step, has_key)
+            elif not has_key:
                 self._failed[name] = step.digest
             raise
         finally:
             self._running.discard(step.key)
-        self._used.add(step.key)
-        self._calls[name] = self._calls.get(name, 0) + (not has_key)
+        self._take(step, has_key)
         return value
+
+    def _take(self, step: Step, has_key: bool) -> None:
+        """Note that this attempt has the step's result."""
+        self._used.add(step.key)
+        self._calls[step.name] = self._calls.get(step.name, 0) + (not has_key)
 
     async def _replay_or_run(self, step: Step) -> Any:
         if self._refusal is not None:
@@ -166,7 +172,7 @@ class Journal:
     async def resuming(self) -> bool:
         """Say whether steps are recorded that this attempt has not come to yet."""
         await self._read()
-        return not self.history.steps.keys() <= self._used
+        return self.history.asked is not None or not self.history.steps.keys() <= self._used
 
     async def look_into_inbox(self) -> list[str]:
         """Return the messages that a person has sent; in a later attempt the same ones at the same place."""

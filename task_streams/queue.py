@@ -310,8 +310,11 @@ class TaskQueue:
             raise NoSuchTask(task_id)
         question = open_question(*fields)
         if question is None:
-            ended = f": it has ended ({fields[0]})" if fields[0] in keys.TERMINAL else ", or somebody has answered"
-            raise ValueError(f"task {task_id} asks nothing now{ended}")
+            if fields[0] in keys.TERMINAL:
+                raise ValueError(f"task {task_id} asks nothing now: it has ended ({fields[0]})")
+            if fields[2] is not None:
+                raise ValueError(f"somebody has answered task {task_id} already")
+            raise ValueError(f"task {task_id} asks nothing now")
         if number not in (None, question["number"]):
             raise ValueError(f"task {task_id} asks question {question['number']} now, not {number}")
         text = choose(text, question["options"])

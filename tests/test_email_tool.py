@@ -58,9 +58,9 @@ def test_same_message_id_sends_once(outbox: Path) -> None:
     """A task that is tried again sends no second message, and learns what it learned the first time."""
     sender = EmailSender(outbox, None)
 
-    first = sender.send("a@example.org", "s", "first", message_id="task-7")
+    first = sender.send("a@example.org", "s", "first", idempotency_key="task-7")
     content = Path(first["file"]).read_bytes()
-    second = sender.send("a@example.org", "s", "second", message_id="task-7")
+    second = sender.send("a@example.org", "s", "second", idempotency_key="task-7")
 
     assert second == {**first, "already_sent": True}
     assert Path(first["file"]).name == "task-7.eml"
@@ -79,7 +79,7 @@ def test_messages_without_id_are_all_sent(outbox: Path) -> None:
 @pytest.mark.parametrize("message_id", ["../../evil", "/etc/passwd", "a\nBcc: x", "x" * 5000, "\ud800", ".."])
 def test_message_id_cannot_leave_the_outbox(outbox: Path, message_id: str) -> None:
     """Whatever the id holds, it is one file in the outbox and one header."""
-    result = EmailSender(outbox, None).send("a@example.org", "s", "b", message_id=message_id)
+    result = EmailSender(outbox, None).send("a@example.org", "s", "b", idempotency_key=message_id)
 
     assert Path(result["file"]).resolve().parent == outbox.resolve()
     assert read(result["file"])["Bcc"] is None
@@ -89,7 +89,9 @@ def test_message_ids_that_look_alike_are_two(outbox: Path) -> None:
     """Ids that differ only in characters unfit for file names do not count as sent already."""
     sender = EmailSender(outbox, None)
 
-    results = [sender.send("a@example.org", "s", "b", message_id=message_id) for message_id in ("t/1", "t_1", "t 1")]
+    results = [
+        sender.send("a@example.org", "s", "b", idempotency_key=message_id) for message_id in ("t/1", "t_1", "t 1")
+    ]
 
     assert len({result["file"] for result in results}) == 3
     assert not any("already_sent" in result for result in results)
@@ -118,7 +120,7 @@ def test_message_ids_that_look_alike_are_two(outbox: Path) -> None:
         {"to": "jürgen@example.org"},
         {"to": "<script>@example.org"},
         {"to": "a@example.org, nobody"},
-        {"message_id": 7},
+        {"idempotency_key": 7},
     ],
 )
 def test_unfit_emails_are_refused(outbox: Path, arguments: dict[str, Any]) -> None:
@@ -146,7 +148,7 @@ def test_outbox_that_cannot_be_written_is_unavailable(outbox: Path) -> None:
     outbox.write_text("a file where the folder should be")
 
     with pytest.raises(ToolUnavailable, match="cannot write"):
-        EmailSender(outbox, None).send("a@example.org", "s", "b", message_id="task-7")
+        EmailSender(outbox, None).send("a@example.org", "s", "b", idempotency_key="task-7")
 
 
 def test_failed_write_leaves_nothing(outbox: Path, monkeypatch: Patch) -> None:
@@ -158,7 +160,7 @@ def test_failed_write_leaves_nothing(outbox: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("agent_tools.email.os.fsync", full)
 
     with pytest.raises(ToolUnavailable, match="No space left"):
-        EmailSender(outbox, None).send("a@example.org", "s", "b", message_id="task-7")
+        EmailSender(outbox, None).send("a@example.org", "s", "b", idempotency_key="task-7")
 
     assert list(outbox.iterdir()) == []
 
@@ -225,8 +227,8 @@ def test_same_message_id_is_sent_by_smtp_once(outbox: Path) -> None:
     """The copy in the outbox is the memory of what the server has accepted."""
     with smtp_server() as server:
         sender = EmailSender(outbox, server.url)
-        first = sender.send("a@example.org", "s", "b", message_id="task-7")
-        second = sender.send("a@example.org", "s", "b", message_id="task-7")
+        first = sender.send("a@example.org", "s", "b", idempotency_key="task-7")
+        second = sender.send("a@example.org", "s", "b", idempotency_key="task-7")
 
     assert second == {**first, "already_sent": True}
     assert len(server.messages) == 1
@@ -236,7 +238,7 @@ def test_same_message_id_is_sent_by_smtp_once(outbox: Path) -> None:
 def test_accepted_message_is_sent_whatever_follows(outbox: Path, answer: str) -> None:
     """A server that answers badly to QUIT has the message: failing now would send it once more."""
     with smtp_server({"QUIT": answer}) as server:
-        result = EmailSender(outbox, server.url).send("a@example.org", "s", "b", message_id="task-7")
+        result = EmailSender(outbox, server.url).send("a@example.org", "s", "b", idempotency_key="task-7")
 
     assert Path(result["file"]).exists()
 
@@ -261,7 +263,7 @@ def test_accepted_message_is_sent_whatever_follows(outbox: Path, answer: str) ->
 def test_smtp_refusals(outbox: Path, answers: dict[str, str], kind: type[Exception]) -> None:
     """5xx is for good, 4xx and a lost connection may pass; neither counts as sent."""
     with smtp_server(answers) as server, pytest.raises(kind) as caught:
-        EmailSender(outbox, server.url).send("a@example.org", "s", "b", message_id="task-7")
+        EmailSender(outbox, server.url).send("a@example.org", "s", "b", idempotency_key="task-7")
 
     assert type(caught.value) is kind
     assert str(caught.value).isprintable()

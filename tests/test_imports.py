@@ -8,7 +8,8 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 OURS = SCRIPTS | {"task_streams", "ailf", "dashboard", "agent_tools"}
 ALLOWED_SCRIPTS = {
     "agent_consumer": {"agent", "mock_llm", "openai_llm"},
-    "agent": {"mock_llm"},
+    "agent": {"conversation", "mock_llm"},
+    "conversation": {"mock_llm"},
     "openai_llm": {"mock_llm"},
     "mock_server": {"mock_llm"},
     "mock_llm": {"mock_server"},  # only for --serve

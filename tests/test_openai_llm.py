@@ -24,6 +24,7 @@ from mock_llm import LLMError, MockLLM, Piece, ToolCall, Usage
 from mock_server import make_app
 from openai_llm import OpenAILLM
 from task_streams import LogReader, PermanentFailure, Task, TaskQueue
+from task_streams.testing import MemoryLog
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Reply = bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -339,27 +340,14 @@ def test_silent_server_is_given_up_on(begin: bytes) -> None:
 # -- with the agent ---------------------------------------------------------------------------------------------
 
 
-class Log:
-    """Collect what would be XADDed."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    async def add(self, event: str, **fields: Any) -> None:
-        self.events.append((event, fields))
-
-    def check(self) -> None:
-        """Nobody cancels this task."""
-
-
-def run_agent(fake: Fake, folder: Path, file: str = "a.txt") -> tuple[dict[str, Any], Log]:
-    log = Log()
+def run_agent(fake: Fake, folder: Path, file: str = "a.txt") -> tuple[dict[str, Any], MemoryLog]:
+    log = MemoryLog()
     task = Task(id="7", data={"type": "process_data", "payload": {"file": file}}, attempt=1)
 
     async def work() -> dict[str, Any]:
         async with fake.serve() as url:
             agent = Agent(OpenAILLM(url, "fake-1", KEY), make_tools(folder, folder / "outbox", None))
-            return await agent(task, log)  # type: ignore[arg-type]
+            return await agent(task, log)
 
     return asyncio.run(work()), log
 
@@ -422,10 +410,10 @@ def test_wire_changes_nothing(served: dict[str, str], tmp_path: Path) -> None:
     """The same tasks with the mock in process and over the wire: the same events, field by field, and results."""
 
     async def story(llm: Any, data: Any) -> list[Any]:
-        log, tools = Log(), make_tools(agent_consumer.HERE / "sample_data", tmp_path / "outbox", None)
+        log, tools = MemoryLog(), make_tools(agent_consumer.HERE / "sample_data", tmp_path / "outbox", None)
         shutil.rmtree(tmp_path / "outbox", ignore_errors=True)
         try:
-            end: Any = await Agent(llm, tools)(Task(id="7", data=data, attempt=1), log)  # type: ignore[arg-type]
+            end: Any = await Agent(llm, tools)(Task(id="7", data=data, attempt=1), log)
         except PermanentFailure as error:
             end = str(error)
         words = "".join(fields["text"] for event, fields in log.events if event == "llm_delta")  # grouped by time

@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 
 import agent_consumer
-from agent import MAX_RESULT_CHARS, MAX_STEPS, Agent, schema
+from agent import MAX_STEPS, Agent
 from agent_tools import ToolError, ToolUnavailable, make_tools
+from agent_tools.schema import schema
 from ailf.messaging.redis import RedisUnavailable
 from ailf.messaging.redis.rate_limiter import Decision
+from conversation import MAX_CHARS
 from mock_llm import LLMError, MockLLM, Piece, ToolCall, Usage
 from task_streams import PermanentFailure, Task, TaskCancelled
 from task_streams.keys import EVENTS
+from task_streams.testing import MemoryLog
 
 
 def call(name: str, **arguments: Any) -> ToolCall:
@@ -39,23 +42,6 @@ def task_of(kind: str, payload: Any, task_id: str = "7", attempt: int = 1) -> Ta
 
 DATA_TASK = task_of("process_data", {"file": "shop.csv"})
 EMAIL_TASK = task_of("send_email", EMAIL, "8")
-
-
-class FakeLog:
-    """Collect what would be XADDed."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, Any]]] = []
-
-    async def add(self, event: str, **fields: Any) -> None:
-        json.dumps(fields, allow_nan=False)  # what cannot be stored fails here, too
-        self.events.append((event, fields))
-
-    def check(self) -> None:
-        """Nobody cancels this task."""
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        return [fields for name, fields in self.events if name == event]
 
 
 class ScriptedLLM:
@@ -80,7 +66,7 @@ def load_file(file: str) -> dict[str, Any]:
     return {"rows": 3}
 
 
-def send(to: str, subject: str, body: str, *, message_id: str | None = None) -> dict[str, Any]:
+def send(to: str, subject: str, body: str, *, idempotency_key: str | None = None) -> dict[str, Any]:
     """Pretend to send."""
     return {"sent": True}
 
@@ -111,17 +97,17 @@ def shop(tmp_path: Path) -> Path:
 
 def work(
     llm: Any, tools: dict[str, Any], task: Task = DATA_TASK, max_tokens: int | None = None
-) -> tuple[dict[str, Any], FakeLog]:
-    log = FakeLog()
-    return asyncio.run(Agent(llm, tools, max_tokens=max_tokens)(task, log)), log  # type: ignore[arg-type]
+) -> tuple[dict[str, Any], MemoryLog]:
+    log = MemoryLog(task)
+    return asyncio.run(Agent(llm, tools, max_tokens=max_tokens)(task, log)), log
 
 
 def fail(
     llm: Any, tools: dict[str, Any], task: Task, error: type[Exception], max_tokens: int | None = None
-) -> tuple[str, FakeLog]:
-    log = FakeLog()
+) -> tuple[str, MemoryLog]:
+    log = MemoryLog(task)
     with pytest.raises(error) as caught:
-        asyncio.run(Agent(llm, tools, max_tokens=max_tokens)(task, log))  # type: ignore[arg-type]
+        asyncio.run(Agent(llm, tools, max_tokens=max_tokens)(task, log))
     return str(caught.value), log
 
 
@@ -129,12 +115,12 @@ def fail(
 
 
 def test_events_of_a_data_task(shop: Path) -> None:
-    """The task in words; then for each step words, response, thought, tool started and completed, progress."""
-    step = ["llm_delta", "llm_response", "chain_of_thought", "tool_usage", "tool_usage", "progress"]
+    """The task in words; then for each step call, words, response, thought, tool started and completed, progress."""
+    step = ["llm_call", "llm_delta", "llm_response", "chain_of_thought", "tool_usage", "tool_usage", "progress"]
 
     _, log = work(MockLLM(), make_tools(shop, shop / "outbox", None))
 
-    last = ["llm_delta", "llm_response", "chain_of_thought", "progress"]
+    last = ["llm_call", "llm_delta", "llm_response", "chain_of_thought", "progress"]
     assert [event for event, _ in log.events] == ["chain_of_thought", *step * 4, *last]
     assert log.events[0][1] == {"step": "analyzing_task", "prompt": "Process this data: shop.csv"}
     actions = [call["action"] for call in log.of("tool_usage")[::2]]
@@ -150,22 +136,20 @@ def test_a_thought_is_the_text_of_the_reply() -> None:
         {"step": "choosing_tool", "thought": "look first"},
         {"step": "concluding", "thought": "3 rows"},
     ]
-    assert log.of("llm_response") == [
-        {"model": "scripted", "response": "look first", "usage": NOTHING},
-        {"model": "scripted", "response": "3 rows", "usage": NOTHING},
-    ]
+    said = [(one["model"], one["response"], one["usage"]) for one in log.of("llm_response")]
+    assert said == [("scripted", "look first", NOTHING), ("scripted", "3 rows", NOTHING)]
     assert [delta["text"] for delta in log.of("llm_delta")] == ["look first", "3 rows"]
 
 
 def test_tool_call_is_two_entries_with_one_call_id() -> None:
-    """A call is started with its arguments, then completed with its result and duration; ids differ by attempt."""
-    _, log = work(ScriptedLLM(LOAD, FINISH), fake_tools(), task_of("process_data", {"file": "shop.csv"}, attempt=2))
+    """A call is started with its arguments, then completed with its result and duration."""
+    _, log = work(ScriptedLLM(LOAD, FINISH), fake_tools(), task_of("process_data", {"file": "shop.csv"}))
 
     started, completed = log.of("tool_usage")
-    same = {"call_id": "call-2-1", "tool": "data_processor", "action": "load_file"}
-    assert started == {**same, "status": "started", "arguments": {"file": "shop.csv"}}
+    same = {"call_id": "call-1-2", "tool": "data_processor", "action": "load_file", "key": "data_processor.load_file#1"}
+    assert started.items() >= {**same, "status": "started", "arguments": {"file": "shop.csv"}}.items()
     assert isinstance(completed.pop("duration_ms"), int)
-    assert completed == {**same, "status": "completed", "result": {"rows": 3}}
+    assert completed.items() >= {**same, "status": "completed", "result": {"rows": 3}}.items()
 
 
 @pytest.mark.parametrize("steps", range(1, MAX_STEPS))
@@ -182,7 +166,7 @@ def test_same_task_gives_the_same_events(shop: Path) -> None:
     """But for durations and the grouping of words, two runs of a task are equal."""
     runs = [work(MockLLM(), make_tools(shop, shop / "outbox", None)) for _ in range(2)]
 
-    def fixed(log: FakeLog) -> list[Any]:
+    def fixed(log: MemoryLog) -> list[Any]:
         return [(event, {**fields, "duration_ms": 0}) for event, fields in log.events if event != "llm_delta"]
 
     assert runs[0][0] == runs[1][0]
@@ -205,8 +189,8 @@ def deltas(monkeypatch: pytest.MonkeyPatch, seconds: list[float]) -> list[str]:
             yield GIVE_UP[1]
 
     monkeypatch.setattr("agent.time.monotonic", lambda: now)
-    log = FakeLog()
-    asyncio.run(Agent(SlowLLM(), {}).ask([], {}, log))  # type: ignore[arg-type]
+    log = MemoryLog()
+    asyncio.run(Agent(SlowLLM(), {}).ask([], {}, log, None))
     return [delta["text"] for delta in log.of("llm_delta")]
 
 
@@ -258,17 +242,16 @@ def test_another_file_gives_another_result(shop: Path) -> None:
     assert tools == ["data_processor.load_file", "data_processor.describe"]
 
 
-def test_email_is_sent_once_under_an_id_of_ours(shop: Path) -> None:
-    """A second attempt, after the first has sent the email, completes without a second one."""
+def test_email_is_sent_once_under_a_key_of_its_step(shop: Path) -> None:
+    """Another attempt without a journal, as after a lost stream, sends no second one."""
     tools = make_tools(shop, shop / "outbox", None)
 
-    for attempt in (1, 2):
-        result, log = work(MockLLM(), tools, task_of("send_email", EMAIL, "8", attempt))
+    for _ in range(2):
+        result, log = work(MockLLM(), tools, task_of("send_email", EMAIL, "8"))
 
-        arguments = log.of("tool_usage")[0]["arguments"]
-        assert re.fullmatch(r"task-8-[0-9a-f]{8}", arguments["message_id"])
-        assert arguments == {**EMAIL, "message_id": arguments["message_id"]}
-        assert len(list((shop / "outbox").iterdir())) == 1
+        assert log.of("tool_usage")[0]["arguments"] == EMAIL
+        [sent] = (shop / "outbox").iterdir()
+        assert re.fullmatch(r"task-8-[0-9a-f]{16}\.eml", sent.name)
         assert "a@example.org" in result["summary"]
 
 
@@ -278,7 +261,7 @@ def test_several_tools_in_one_reply_are_used_in_order() -> None:
     result, log = work(ScriptedLLM(["both", *calls], FINISH), fake_tools())
 
     assert [finding["arguments"]["file"] for finding in result["findings"]] == ["a.csv", "b.csv"]
-    assert [usage["call_id"] for usage in log.of("tool_usage")[::2]] == ["call-1-1", "call-1-2"]
+    assert [usage["call_id"] for usage in log.of("tool_usage")[::2]] == ["call-1-2", "call-1-3"]
 
 
 # What the LLM is told
@@ -339,14 +322,14 @@ def test_huge_result_is_cut_in_event_and_message() -> None:
     _, log = work(llm, fake_tools(load_file=lambda file: {"rows": 3, "text": "x" * 100_000}))
 
     for text in (log.of("tool_usage")[1]["result"], llm.messages[1][-1]["content"]):
-        assert len(text) < MAX_RESULT_CHARS + 200
+        assert len(text) < MAX_CHARS + 200
         assert "truncated" in text
 
 
 def test_tool_may_ask_whether_its_task_is_cancelled() -> None:
     """A tool with a parameter `check` gets one that raises when the task was cancelled; it ends the attempt."""
 
-    class Cancelled(FakeLog):
+    class Cancelled(MemoryLog):
         def check(self) -> None:
             raise TaskCancelled("not wanted")
 
@@ -389,7 +372,7 @@ def test_unusable_reply_is_asked_for_once_more(reply: list[Any], why: str) -> No
     assert len(log.of("tool_usage")) == 2
 
 
-@pytest.mark.parametrize("argument", ["message_id", "check"])
+@pytest.mark.parametrize("argument", ["idempotency_key", "check"])
 def test_llm_cannot_fill_in_what_is_the_agents_own(argument: str) -> None:
     wrong = ["hm", call("email_sender.send", **EMAIL, **{argument: "mine"})]
 
@@ -421,14 +404,15 @@ def test_huge_reply_is_cut_in_the_stream() -> None:
     _, log = work(ScriptedLLM(LOAD, ["x" * 100_000]), fake_tools())
 
     for text in (log.of("llm_response")[1]["response"], log.of("llm_delta")[1]["text"]):
-        assert len(text) < MAX_RESULT_CHARS + 100
+        assert len(text) < MAX_CHARS + 100
 
 
 def test_llm_failure_passes_through() -> None:
     """An LLMError is not caught by the agent: the worker logs it and retries the task."""
     _, log = fail(MockLLM(fail_rate=1), fake_tools(), DATA_TASK, LLMError)
 
-    assert [event for event, _ in log.events] == ["chain_of_thought"]
+    assert [event for event, _ in log.events] == ["chain_of_thought", "llm_call", "llm_response"]
+    assert log.of("llm_response")[0]["status"] == "failed"
 
 
 # What a task or a tool gets wrong
@@ -441,7 +425,7 @@ def test_wrong_input_is_told_to_the_llm() -> None:
     message, log = fail(llm, fake_tools(load_file=failing(ToolError("no shop.csv"))), DATA_TASK, PermanentFailure)
 
     failed = log.of("tool_usage")[1]
-    assert (failed["status"], failed["result"], failed["call_id"]) == ("failed", "no shop.csv", "call-1-1")
+    assert (failed["status"], failed["error"], failed["call_id"]) == ("failed", "no shop.csv", "call-1-2")
     assert llm.messages[1][-1]["content"] == '{"error": "no shop.csv"}'
     assert message == "no such file"
     assert log.of("chain_of_thought")[-1] == {"step": "giving_up", "thought": "no way on"}
@@ -454,7 +438,7 @@ def test_missing_file_fails_for_good_with_the_tools_message(shop: Path) -> None:
     message, log = fail(MockLLM(), make_tools(shop, shop / "outbox", None), task, PermanentFailure)
 
     assert "gone.csv" in message
-    assert message == log.of("tool_usage")[-1]["result"]
+    assert message == log.of("tool_usage")[-1]["error"]
 
 
 def test_unavailable_tool_is_raised_after_its_failed_entry() -> None:
@@ -605,23 +589,23 @@ class TwoPerCall:
 
 def test_waiting_for_the_limit_is_told_once_a_call() -> None:
     """Before the LLM's words comes one rate_limited, with the limit and how long until it may be asked again."""
-    log = FakeLog()
+    log = MemoryLog()
     agent = Agent(ScriptedLLM(LOAD, FINISH), fake_tools(), TwoPerCall())  # type: ignore[arg-type]
 
-    asyncio.run(agent(DATA_TASK, log))  # type: ignore[arg-type]
+    asyncio.run(agent(DATA_TASK, log))
 
     assert log.of("rate_limited") == [{"limit": "10 in 1 s", "wait_ms": 20}] * 2
-    assert [event for event, _ in log.events][1:3] == ["rate_limited", "llm_delta"]
+    assert [event for event, _ in log.events][1:4] == ["llm_call", "rate_limited", "llm_delta"]
 
 
 def test_task_is_cancelled_while_it_waits_for_the_limit() -> None:
     """An agent whose turn never comes is interrupted, as the worker does it."""
-    log, limiter = FakeLog(), TwoPerCall()
+    log, limiter = MemoryLog(), TwoPerCall()
     limiter.answers = [Decision(False, 0, 3600.0)]
     agent = Agent(ScriptedLLM(FINISH), fake_tools(), limiter)  # type: ignore[arg-type]
 
     async def cancel() -> None:
-        working = asyncio.create_task(agent(DATA_TASK, log))  # type: ignore[arg-type]
+        working = asyncio.create_task(agent(DATA_TASK, log))
         while not log.of("rate_limited"):
             await asyncio.sleep(0)
         working.cancel()

@@ -536,11 +536,14 @@ def test_expected_exception_is_a_result_of_its_step(url: str, queue: TaskQueue, 
             element = popped(redis)
             for _ in range(2):
                 _, log = await worker.claim(element)
-                with pytest.raises(FileNotFoundError, match=r"no file a\.csv"):
-                    await log.step("data.load", load, "a.csv", expected=(FileNotFoundError, KeyError))
+                for _ in range(2):
+                    with pytest.raises(FileNotFoundError, match=r"no file a\.csv"):
+                        await log.step("data.load", load, "a.csv", expected=(FileNotFoundError, KeyError))
+                assert not await log.resuming()
                 end_lease(queue, "1")
 
     run(test)
-    assert calls == ["a.csv"]
-    [failed] = [event.fields for event in LogReader("1", redis).read() if event.fields.get("status") == "failed"]
-    assert (failed["error"], failed["is_result"]) == ("no file a.csv", "FileNotFoundError")
+    assert calls == ["a.csv"] * 2
+    failed = [event.fields for event in LogReader("1", redis).read() if event.fields.get("status") == "failed"]
+    assert [one["key"] for one in failed] == ["data.load#1", "data.load#2"]
+    assert (failed[0]["error"], failed[0]["is_result"]) == ("no file a.csv", "FileNotFoundError")

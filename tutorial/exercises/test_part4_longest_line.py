@@ -11,7 +11,8 @@ from part4_longest_line import make_my_tools
 from agent import Agent
 from agent_tools import ToolError, Tools
 from mock_llm import ToolCall
-from task_streams import Task, TaskLog
+from task_streams import Task
+from task_streams.testing import MemoryLog
 
 NAME = "data_processor.longest_line"
 POEM = "one\nthe longest line\ntwo words\n"
@@ -34,20 +35,6 @@ class ToldLLM:
             yield "That is it."
 
 
-class LogInMemory(TaskLog):
-    """Keeps the events instead of sending them to Redis."""
-
-    def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
-
-    async def add(self, event: str, /, **fields: Any) -> str:
-        self.events.append(fields)
-        return f"1-{len(self.events)}"
-
-    def check(self) -> None:
-        """Nobody cancels this task."""
-
-
 @pytest.fixture
 def tools(tmp_path: Path) -> Tools:
     (tmp_path / "poem.txt").write_text(POEM)
@@ -67,12 +54,12 @@ def test_a_file_outside_is_refused(tools: Tools) -> None:
 
 def test_the_agent_uses_it(tools: Tools) -> None:
     """The LLM is told of the tool, and its result is in the task's stream."""
-    llm, log = ToldLLM(), LogInMemory()
+    llm, log = ToldLLM(), MemoryLog()
 
     asyncio.run(Agent(llm, tools)(Task("poem", {"type": "process_data", "payload": {"file": "poem.txt"}}), log))
 
     (told,) = [tool for tool in llm.offered if tool["name"] == NAME]
     assert told["description"].startswith("Find the longest line")
     assert told["parameters"]["required"] == ["file"]
-    results = [fields["result"] for fields in log.events if fields.get("status") == "completed"]
+    results = [fields["result"] for fields in log.of("tool_usage") if fields["status"] == "completed"]
     assert results == [{"line": "the longest line", "characters": 16}]
