@@ -66,18 +66,21 @@ async def work_on(job: Job, consumer: Consumer) -> None:
     try:
         try:
             result = await handle(task, log)
+            if log.refusal is not None:  # it asks a person, and has caught what ends it
+                raise log.refusal
             await log.end("completed", result, result=result, duration_ms=job.duration_ms)  # XADD, and it is closed
             logger.info("task %s completed", task)
         except TaskCancelled as cancelled:
             await log.end("cancelled", str(cancelled), reason=str(cancelled))
             logger.info("task %s cancelled: %s", task, cancelled)
-        except Parked:  # log.ask(): it rests until somebody has answered
-            await consumer.release(job, until_answered=True)
         except (LeaseLost, *REDIS_ERRORS):
             raise
         except BaseException as error:  # the task boundary: whatever a task does, the consumer goes on
             if consumer.signals > 1:  # Ctrl-C, twice
                 raise
+            if isinstance(error := log.refusal or error, Parked):  # log.ask(): until somebody has answered
+                await consumer.release(job, until_answered=True)
+                return
             failures, message = task.failures + 1, message_of(error)
             will_retry = failures < MAX_ATTEMPTS and not isinstance(error, PermanentFailure)
             logger.error("task %s: %s%s", task, message, "; it will be tried again" if will_retry else "")

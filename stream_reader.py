@@ -179,7 +179,7 @@ class Screen:
 
     def row(self, task_id: str, event: Event) -> Table:
         style, text, clock = LOOKS.get(event.name, ("",))[0], printable(text_of(event)), ""
-        if len(text) > LONGEST_LINE_CHARS:
+        if len(text) > LONGEST_LINE_CHARS and event.name != "input_required":  # people must see what they answer
             text = f"{text[:LONGEST_LINE_CHARS]} … ({len(text):,} characters; --json shows all)"
         with suppress(ValueError):  # somebody's own entry has no time
             clock = f"{datetime.fromisoformat(str(event.fields.get('timestamp'))).astimezone():%H:%M:%S}"

@@ -4,7 +4,7 @@ Usage:   python -m pip install 'opentelemetry-sdk>=1.45,<2' 'opentelemetry-expor
          OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 python examples/otel_export.py [--once]
 Needs:   Redis at $REDIS_URL, else localhost:6379, else an embedded server; a collector that speaks OTLP over HTTP
 Keys:    reads {task_queue}:finished in the consumer group `otel`, the tasks' records, and task_logs:<id>
-See:     docs/agents.md; https://opentelemetry.io/docs/specs/semconv/gen-ai/
+See:     https://opentelemetry.io/docs/specs/semconv/gen-ai/
 
     put task 7                         the span of the request that put it, if it gave put() its traceparent
     ├── invoke_agent agent             one for each attempt; a retry is linked to the attempt before it
@@ -160,9 +160,9 @@ class Attempts:
             self.steps[key] = span
         elif key in self.steps:
             span, usage = self.steps.pop(key), fields.get("usage")
-            if isinstance(usage, dict):
-                for name in ("input", "output"):
-                    span.set_attribute(f"gen_ai.usage.{name}_tokens", int(usage.get(name) or 0))
+            for name in ("input", "output"):
+                if isinstance(usage, dict) and isinstance(usage.get(name), int):
+                    span.set_attribute(f"gen_ai.usage.{name}_tokens", usage[name])
             finish(span, now_ns, str(fields.get("error") or "failed") if fields.get("status") == "failed" else "")
 
     def end(self, now_ns: int, error: str = "", error_type: str = "_OTHER") -> None:

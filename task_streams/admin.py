@@ -1,4 +1,4 @@
-"""Look after the queue: see what it does, cancel tasks, put dead ones again, import many.
+"""Look after the queue: see what it does, answer its questions, cancel tasks, put dead ones again, import many.
 
 Usage:   python -m task_streams status [--once | --json]     what waits and runs; live on a terminal, until Ctrl-C
          python -m task_streams cancel ID… [--reason TEXT]   end tasks, waiting or running
@@ -162,7 +162,7 @@ def questions(args: argparse.Namespace) -> int:
         choice = f" ({' / '.join(options)})" if options else ""
         print(printable(f"task {question['task']}, until {until}: {question['question']}{choice}"))
         if sys.stdout.isatty():
-            print(f"    {answer_command(question['task'], options, question['number'])}")
+            print(printable(f"    {answer_command(question['task'], options, question['number'])}"))
     if not found:
         complain("no open questions")
     return 0
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     option = add(
         "status",
         status,
-        "Show how many tasks are waiting, running or resting until they are due, and which workers are alive.",
+        "Show how many tasks are waiting, running, parked on a question or resting, and which workers are alive.",
     )
     option("--once", action="store_true", help="on a terminal: one look, instead of one every second")
     option("--json", action="store_true", help="one JSON object, with up to 20 of the running tasks")

@@ -63,7 +63,8 @@ def printable(text: str) -> str:
 def answer_command(task_id: str, options: Sequence[str] | None, number: object) -> str:
     """Return what a person types to answer a question; with its number, since another one may be open by then."""
     answer = shlex.quote(options[0]) if options else "TEXT"
-    return f"python -m task_streams answer {task_id} {answer} --number {number}"
+    dashes = "-- " if answer.startswith("-") else ""  # else it would be taken for an option
+    return f"python -m task_streams answer {task_id} --number {number} {dashes}{answer}"
 
 
 def put_all(queue: TaskQueue, tasks: Sequence[Any], delay_seconds: float = 0) -> Iterator[Task]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import PermanentFailure
 from .questions import AGAIN, HAPPENED, Question
 from .reader import START, Cursor, Event, order
-from .steps import STEP_EVENTS, value_of
+from .steps import ASK, STEP_EVENTS, value_of
 
 if TYPE_CHECKING:
     from .claims import Task
@@ -36,7 +36,8 @@ class History:
         self.problem = ""  # why the steps cannot be relied on
         self.hides_entries = False  # some are missing, and nobody knows what they said
         self.asked: Question | None = None  # the question that has no answer yet
-        self.answers = 0  # how many questions were answered
+        self.questions = 0  # how many were asked
+        self.decided: dict[str, Any] = {}  # answers about what is in doubt that nobody has acted upon yet
         self.doubts: set[str] = set()  # steps, or "the journal", that are said to be in doubt
         self.allowed: set[str] = set()  # keys of steps in doubt that somebody wants to be done again
         self.told: dict[str, list[str]] = {}  # key of a look into the inbox -> the messages that it found
@@ -73,7 +74,7 @@ class History:
         self._starts += event.name == "started"
         fields, key = event.fields, event.fields.get("key")
         if event.name == "resumed" and "reason" in fields:  # that attempt has started over
-            self.steps, self.problem = {}, ""
+            self.start_over()
         elif event.name == "in_doubt":
             self.doubts.add(str(fields.get("step")))
         elif not isinstance(key, str):
@@ -85,6 +86,7 @@ class History:
             self._read_end(self.steps[key], key, event)
         elif event.name == "input_required":
             text, digest, step = (str(fields.get(name, "")) for name in ("question", "digest", "step"))
+            self.questions += 1
             self.asked = Question(key, digest, text, fields.get("options"), step)
         elif event.name == "input_received":
             self.answered(key, str(fields.get("digest")), fields.get("answer"), fields.get("step"))
@@ -103,14 +105,21 @@ class History:
 
     def answered(self, key: str, digest: str, answer: Any, step: Any) -> None:
         """Note the answer to a question; or, if it is about a step in doubt, what it says about that step."""
-        self.asked, self.answers = None, self.answers + 1
-        if not step:
+        self.asked = None
+        if key.startswith(f"{ASK}#"):
             self.steps[key] = Recorded(digest, True, True, True, answer)
         elif answer == HAPPENED:
             self.steps[step] = Recorded(digest, False, True, True)
         elif answer == AGAIN:
             self.steps.pop(step, None)
             self.allowed.add(step)
+        else:
+            self.decided[key] = answer
+
+    def start_over(self) -> None:
+        """Forget the steps, but not what people have answered."""
+        self.steps = {key: one for key, one in self.steps.items() if key.startswith(f"{ASK}#")}
+        self.decided, self.problem = {}, ""
 
     # -- llm_delta ----------------------------------------------------------------------------------------------
 

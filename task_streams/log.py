@@ -16,7 +16,7 @@ from redis.exceptions import ResponseError
 from ailf.messaging.redis import REDIS_ERRORS, encode, from_json, is_transient
 
 from . import keys
-from .errors import LeaseLost, Parked, StreamEnded
+from .errors import LeaseLost, StreamEnded
 from .journal import Journal
 from .lua import load
 from .questions import EXPIRES_SECONDS, MOST_MESSAGES
@@ -50,7 +50,8 @@ class TaskLog:
         self._in_order = asyncio.Lock()  # it lets the calls pass in the order in which they came
         self._closed: Exception | None = None  # why nothing more is appended
         self._has_ended = False  # the terminal event is written
-        self.parked: Parked | None = None  # the handler has asked a question, and the task is to rest
+        # Parked or InDoubt: no step runs any more, and this is how the attempt ends, whatever its handler makes of it
+        self.refusal: BaseException | None = None
         self._stopped: Exception | None = None  # why the handler may append no more
         self._journal: Journal | None = None  # from the first step on
 
@@ -100,17 +101,18 @@ class TaskLog:
         return await self._steps().do(step)
 
     async def ask(
-        self, question: str, options: Sequence[str] | None = None, expires_seconds: float = EXPIRES_SECONDS
+        self, question: str, options: Sequence[str] | None = None, expires_seconds: float | None = None
     ) -> str | None:
         """Ask a person, and return the answer: one of the options, or any text without them; None if nobody answers.
 
         The task is parked: this raises Parked, a BaseException, and no process holds the task until somebody answers
-        (`python -m task_streams answer`) or the question expires. Then another attempt comes to the same question, and
-        there this returns. So all that the handler does before belongs in steps. One question at a time, and none while
-        a step runs. Raises ValueError for an impossible question, and what add() raises.
+        (`python -m task_streams answer`) or the question expires, after a day by default. Then another attempt comes to
+        the same question, and there this returns. So all that the handler does before belongs in steps. One question at
+        a time, and none while a step runs. Raises ValueError for an impossible question, and what add() raises.
         """
-        check_question(question, options, expires_seconds)
-        step = Step(ASK, no_call, (question, options), True, False, expires_seconds=expires_seconds)
+        seconds = EXPIRES_SECONDS if expires_seconds is None else expires_seconds
+        check_question(question, options, seconds)
+        step = Step(ASK, no_call, (question, options), True, False, expires_seconds=seconds)
         answer: str | None = await self._steps().do(step)
         return answer
 
@@ -276,9 +278,11 @@ class BlockingLog:
         """Return call(*args), once, as TaskLog.step() does. Threads at the same time need keys, too."""
         return asyncio.run_coroutine_threadsafe(self._log.step(name, call, *args, **how), self._loop).result()
 
-    def ask(self, question: str, options: Sequence[str] | None = None, **how: Any) -> str | None:
+    def ask(
+        self, question: str, options: Sequence[str] | None = None, expires_seconds: float | None = None
+    ) -> str | None:
         """Ask a person, as TaskLog.ask() does: it raises Parked, and another attempt gets the answer."""
-        return asyncio.run_coroutine_threadsafe(self._log.ask(question, options, **how), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._log.ask(question, options, expires_seconds), self._loop).result()
 
     def inbox(self) -> list[str]:
         """Return the messages that people have sent, as TaskLog.inbox() does."""

@@ -9,7 +9,7 @@ queue.py has what people do: answer() and questions().
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ailf.messaging.redis import encode, from_json, to_json
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EXPIRES_SECONDS = 24 * 3600.0  # how long a question may be answered; a task always ends
 LONGEST_SECONDS = 10_000_000  # four months
 MAX_CHARS = 20_000  # of a question with its options, and of an answer
+MOST_QUESTIONS = 100  # that a task may ask in its life: it must end
 MOST_MESSAGES = 100  # that a task may be told in its life
 HAPPENED, AGAIN, START_OVER, FAIL = "it happened", "do it again", "start over", "fail"
 
@@ -36,6 +37,9 @@ class Question:
     text: str
     options: Sequence[str] | None = None
     step: str = ""
+
+    def asking(self, text: str) -> "Question":
+        return replace(self, text=text)
 
     def as_json(self, number: int) -> str:
         """Return it as the record has it. The number makes a question that is asked once more another one."""
@@ -74,11 +78,14 @@ async def ask(log: "TaskLog", question: Question, number: int, was_asked: bool, 
     return None if answer["text"] is None else str(answer["text"])
 
 
-def open_question(status: str, question: str | None, answer: str | None, expires_at: str) -> dict[str, Any] | None:
+def question_in(status: str, question: str | None, answer: str | None, expires_at: str) -> dict[str, Any] | None:
     """Return the question in a record's fields that can be answered now; None if none can."""
     if question is None or answer is not None or status in TERMINAL:
         return None
-    return {**from_json(question), "expires_at": int(expires_at)}
+    try:
+        return {**from_json(question), "expires_at": int(expires_at)}
+    except (ValueError, TypeError):  # somebody has spoilt the record
+        return None
 
 
 def choose(text: str, options: Sequence[str] | None, what: str = "answer") -> str:
@@ -91,7 +98,8 @@ def choose(text: str, options: Sequence[str] | None, what: str = "answer") -> st
         raise ValueError(f"the {what} " + (f"has over {MAX_CHARS:,} characters" if text else "is empty"))
     if options is None:
         return text
-    for option in options:
-        if option.strip().casefold() == text.casefold():
-            return option
+    for fold in (str, str.casefold):  # exactly, or else in any case of the letters
+        for option in options:
+            if fold(option.strip()) == fold(text):
+                return option
     raise ValueError(f"{text[:80]!r} is not one of the answers: {', '.join(options)}")

@@ -45,7 +45,7 @@ from .errors import MAX_ERROR_CHARS
 from .log import TTL_SECONDS
 from .lua import load
 from .pipeline import Call, first_transient, run
-from .questions import MOST_MESSAGES, choose, open_question
+from .questions import MOST_MESSAGES, choose, question_in
 from .reader import LogReader
 from .retrying import repeat
 
@@ -293,10 +293,10 @@ class TaskQueue:
                 replies = pipe.execute(raise_on_error=False)  # a spoilt record asks nothing
             first_transient(replies)
             for task_id, reply in zip(ids, replies, strict=True):
-                if not isinstance(reply, Exception) and (question := open_question(*reply)):
+                if not isinstance(reply, Exception) and (question := question_in(*reply)):
                     found.append({"task": task_id, **question})
             if len(ids) < AUDIT_LIMIT:
-                return found
+                break
         return found
 
     def answer(self, task_id: str, text: str, by: str = "", number: int | None = None) -> str:
@@ -308,7 +308,7 @@ class TaskQueue:
         fields = self.redis.hmget(keys.record(task_id), *QUESTION_FIELDS)
         if fields[0] is None:
             raise NoSuchTask(task_id)
-        question = open_question(*fields)
+        question = question_in(*fields)
         if question is None:
             if fields[0] in keys.TERMINAL:
                 raise ValueError(f"task {task_id} asks nothing now: it has ended ({fields[0]})")

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from ailf.messaging.redis import decode, encode, to_json
 
+from .errors import message_of
 from .reader import Event
 from .threads import Outcome, in_thread
 
@@ -43,6 +44,10 @@ class Step:
     idempotency_key: str = ""  # the same in each attempt, for the outside world to tell a repeated call by
     digest: str = field(init=False)  # of its name and its arguments
 
+    @property
+    def is_question(self) -> bool:
+        return self.expires_seconds > 0
+
     def __post_init__(self) -> None:
         self.digest = digest_of(self.name, *self.args)
         self.is_plain = not inspect.iscoroutinefunction(self.call)
@@ -67,6 +72,20 @@ class Step:
         if any(isinstance(value, str) and not isinstance(fields[name], str) for name, value in stored.items()):
             raise ValueError("it is nested too deep")  # decode() leaves as text what it cannot read
         return stored
+
+    def as_expected(self, error: BaseException) -> tuple[str, str]:
+        """Return an expected exception as it is stored: its text, and the name of the class that was expected."""
+        is_quoted = isinstance(error, KeyError) and len(error.args) == 1  # subtle: its str() has quotes
+        text = message_of(Exception(*error.args) if is_quoted else error)
+        return text, next(kind.__name__ for kind in self.expected if isinstance(error, kind))
+
+    def expected_error(self, name: str, text: str) -> Exception:
+        """Return the exception that was stored. One whose class wants more than a text is made without its help."""
+        kind = next((one for one in self.expected if one.__name__ == name), Exception)
+        try:
+            return kind(text)
+        except TypeError:
+            return kind.__new__(kind, text)
 
     def _fields(self) -> dict[str, Any]:
         if self.is_llm:

@@ -17,7 +17,7 @@ class MemoryLog(TaskLog):
 
     def __init__(self, task: Task | None = None) -> None:
         self._task, self._journal = task or Task("1", {}, attempt=1), None
-        self.parked = None
+        self.refusal = None
         self.events: list[tuple[str, dict[str, Any]]] = []  # names and fields
 
     def of(self, event: str) -> list[dict[str, Any]]:

@@ -275,7 +275,7 @@ class _Worker:
         why, result, error = job.why, None, None
         if why is None and job.handler is not None:
             result, error = job.handler.result()
-            error = job.log.parked or error
+            error = job.log.refusal or error
             why = error if isinstance(error, TaskCancelled) else None
         if isinstance(why, HandedBack):
             await self.give_back(job)

@@ -657,7 +657,7 @@ def test_question_is_listed_and_answered(admin: Admin, queue: TaskQueue, asking:
     assert (question["task"], question["number"], question["options"]) == (asking, 1, ["yes", "no"])
     assert status_of(admin)["parked"] == 1
     shown = admin("questions", terminal=True).out
-    assert f"python -m task_streams answer {asking} yes --number 1" in shown
+    assert f"python -m task_streams answer {asking} --number 1 yes" in shown
 
     assert admin("tell", asking, "be quick", "--by", "bob").out == f"{asking}\n"
     assert admin("answer", asking, "Yes", "--by", "anna").out == f"{asking}\n"
@@ -702,5 +702,5 @@ def test_reader_shows_a_question_with_the_command_that_answers_it(
     piped = typed(valkey.url, "stream_reader.py", asking, "--no-follow")
     assert "input_required Send it?" in piped.out
     shown = typed(valkey.url, "stream_reader.py", asking, "--no-follow", terminal=True).out
-    assert f"python -m task_streams answer {asking} yes --number 1" in " ".join(shown.split())
+    assert f"python -m task_streams answer {asking} --number 1 yes" in " ".join(shown.split())
     assert piped.code == 3

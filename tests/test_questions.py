@@ -1,11 +1,13 @@
 """Questions to people, and messages from them: a parked task costs nothing, and exactly one answer counts."""
 
 import asyncio
+import json
 import random
 import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import consumer
 from ailf.messaging.redis import connect
 from task_streams import (
     BlockingLog,
+    InDoubt,
     LogReader,
     NoSuchTask,
     Parked,
@@ -24,10 +27,11 @@ from task_streams import (
     Task,
     TaskLog,
     TaskQueue,
+    doubts,
     keys,
     run_worker,
 )
-from task_streams.questions import MAX_CHARS, MOST_MESSAGES
+from task_streams.questions import AGAIN, FAIL, HAPPENED, MAX_CHARS, MOST_MESSAGES, START_OVER
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -547,3 +551,277 @@ def test_expected_exception_is_a_result_of_its_step(url: str, queue: TaskQueue, 
     failed = [event.fields for event in LogReader("1", redis).read() if event.fields.get("status") == "failed"]
     assert [one["key"] for one in failed] == ["data.load#1", "data.load#2"]
     assert (failed[0]["error"], failed[0]["is_result"]) == ("no file a.csv", "FileNotFoundError")
+
+
+# -- what is in doubt -------------------------------------------------------------------------------------------
+
+
+class Mail:
+    """An unsafe call that fails in the given way for its first calls, and counts them."""
+
+    def __init__(self, *errors: BaseException | None) -> None:
+        self.errors, self.calls = list(errors), list[Any]()
+
+    async def __call__(self, *arguments: Any) -> Any:
+        self.calls.append(arguments)
+        if self.errors and (error := self.errors.pop(0)) is not None:
+            raise error
+        return "sent"
+
+
+def test_answer_about_a_step_is_none_about_other_arguments(url: str, queue: TaskQueue, redis: Redis) -> None:
+    """It happened; then the handler comes with other arguments, and a person is asked about that, too."""
+    mail = Mail(TimeoutError("?"))
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        return await log.step("mail", mail, f"attempt {task.attempt}")
+
+    park(url, queue, handle)
+    queue.answer("1", HAPPENED)
+    park(url, queue, handle)
+    assert len(mail.calls) == 1
+    [question] = queue.questions()
+    assert question["options"] == [START_OVER, FAIL]
+    queue.answer("1", FAIL)
+    park(url, queue, handle)
+    assert (last(queue)[0], len(mail.calls)) == ("failed", 1)
+
+
+def test_two_steps_in_doubt_at_once_are_asked_about_one_after_the_other(url: str, queue: TaskQueue) -> None:
+    mail = Mail(TimeoutError("1"), TimeoutError("2"))
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        return await asyncio.gather(log.step("mail", mail, "a", key="a"), log.step("mail", mail, "b", key="b"))
+
+    for number in (1, 2):
+        park(url, queue, handle)
+        assert [one["number"] for one in queue.questions()] == [number]
+        queue.answer("1", HAPPENED, number=number)
+    park(url, queue, handle)
+
+    assert last(queue)[1]["result"] == [None, None]
+    assert len(mail.calls) == 2
+
+
+def test_question_that_has_changed_is_asked_as_another_one(url: str, queue: TaskQueue, redis: Redis) -> None:
+    """The answer to the old one is logged, and is none to the new one."""
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        return await log.ask("Refund 1 EUR?" if task.attempt == 1 else "Refund 2 EUR?", ["yes", "no"])
+
+    park(url, queue, handle)
+    queue.answer("1", "no", number=1)
+    park(url, queue, handle)
+    assert [(one["number"], one["question"]) for one in queue.questions()] == [(2, "Refund 2 EUR?")]
+    with pytest.raises(ValueError, match="asks question 2 now, not 1"):
+        queue.answer("1", "yes", number=1)
+    queue.answer("1", "yes", number=2)
+    park(url, queue, handle)
+
+    assert last(queue)[1]["result"] == "yes"
+    assert [one for one in names(redis) if one.startswith("input")] == ["input_required", "input_received"] * 2
+
+
+def test_task_that_asks_for_ever_fails(url: str, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubts, "MOST_QUESTIONS", 3)
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        return await log.ask(f"Now {task.attempt}?")
+
+    for _ in range(3):
+        park(url, queue, handle)
+        queue.answer("1", "yes")
+    park(url, queue, handle)
+
+    assert "has asked 3 questions" in last(queue)[1]["error"]
+
+
+def test_task_cancelled_between_its_question_and_the_parking_ends(url: str, queue: TaskQueue, redis: Redis) -> None:
+    async def test() -> None:
+        async with attempts(url) as worker:
+            task, log = await worker.claim(popped(redis))
+            with pytest.raises(Parked):
+                await log.ask("Send it?")
+            assert queue.cancel("1", "not wanted") == "requested"
+            assert await worker.claims.release(task, until_answered=True)
+
+    run(test)
+    park(url, queue)
+    assert (names(redis)[-1], queue.owed()) == ("cancelled", 0)
+
+
+@pytest.mark.parametrize("answer", [FAIL, AGAIN, None])
+def test_decision_of_an_attempt_that_died_then_holds(
+    answer: str | None, url: str, queue: TaskQueue, redis: Redis
+) -> None:
+    """Nobody is asked a second time."""
+
+    async def test() -> None:
+        async with attempts(url) as worker:
+            element = popped(redis)
+            _, log = await worker.claim(element)
+            with pytest.raises(Parked):
+                await log.step("mail", Mail(TimeoutError("?")))
+            if answer is None:
+                redis.hset(keys.record("1"), "expires_at", 1)
+            else:
+                queue.answer("1", answer)
+            for _ in range(2):  # the first of them dies right behind `input_received`
+                end_lease(queue, "1")
+                _, log = await worker.claim(element)
+                if answer == AGAIN:
+                    await log.resuming()
+                else:
+                    with pytest.raises(InDoubt):
+                        await log.step("mail", Mail())
+            if answer == AGAIN:
+                assert await log.step("mail", Mail()) == "sent"
+
+    run(test)
+    assert names(redis).count("input_required") == names(redis).count("input_received") == 1
+
+
+def test_attempt_that_starts_over_keeps_what_people_have_answered(url: str, queue: TaskQueue, redis: Redis) -> None:
+    async def handle(task: Task, log: TaskLog) -> Any:
+        first = await log.ask("A?")
+        await log.step("stamp", lambda attempt: attempt, task.attempt, safe_to_repeat=True)
+        return [first, await log.ask("B?")]
+
+    for answer in ("a", "b"):
+        park(url, queue, handle)
+        queue.answer("1", answer)
+    park(url, queue, handle)
+
+    assert last(queue)[1]["result"] == ["a", "b"]
+    assert names(redis).count("input_required") == 2
+
+
+def test_step_that_runs_beside_one_in_doubt_ends_before_the_task_is_parked(url: str, queue: TaskQueue) -> None:
+    """Otherwise nobody would hold the task that it works for, and its result would be lost."""
+    mail, slow = Mail(TimeoutError("?")), []
+
+    async def slowly() -> str:
+        while not queue.redis.hget(keys.record("1"), "question"):
+            await asyncio.sleep(0.01)
+        slow.append(1)
+        return "slow"
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        return await asyncio.gather(log.step("mail", mail), log.step("slow", slowly))
+
+    park(url, queue, handle)
+    queue.answer("1", HAPPENED)
+    park(url, queue, handle)
+
+    assert last(queue)[1]["result"] == [None, "slow"]
+    assert (len(mail.calls), slow) == (1, [1])
+
+
+def test_step_that_the_handler_gave_up_is_asked_about_before_the_next_one(url: str, queue: TaskQueue) -> None:
+    ran = []
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await log.step("mail", asyncio.Event().wait)
+        await log.step("next", lambda: ran.append(1))
+
+    park(url, queue, handle)
+    assert [one["key"] for one in queue.questions()] == ["mail#1 in doubt"]
+    assert ran == []
+    queue.answer("1", HAPPENED)
+    park(url, queue, handle)
+    assert (last(queue)[0], ran) == ("completed", [1])
+
+
+def test_handler_cannot_turn_a_failed_doubt_into_success(
+    url: str, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in run_worker nor in consumer.py."""
+    queue.put({"n": 2})
+
+    async def handle(task: Task, log: TaskLog) -> Any:
+        with suppress(Exception):
+            await log.step("mail", Mail(TimeoutError("?")))
+
+    park(url, queue, handle)
+    queue.answer("1", FAIL)
+    park(url, queue, handle)
+    monkeypatch.setenv("REDIS_URL", url)
+    monkeypatch.setattr(consumer, "handle", handle)
+    queue.answer("2", FAIL)
+    asyncio.run(consumer.consume(10, burst=True))
+
+    assert last(queue, "1")[0] == last(queue, "2")[0] == "failed"
+
+
+def test_question_inside_a_step_is_the_handlers_error_and_no_doubt(url: str, queue: TaskQueue, redis: Redis) -> None:
+    async def handle(task: Task, log: TaskLog) -> Any:
+        return await log.step("mail", lambda_of(log.ask, "Send it?"))
+
+    park(url, queue, handle)
+    assert last(queue)[0] == "failed"
+    assert "a question while a step is running" in last(queue)[1]["error"]
+    assert "input_required" not in names(redis)
+
+
+def lambda_of(call: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    async def made() -> Any:
+        return await call(*arguments)
+
+    return made
+
+
+def test_consumer_parks_a_task_that_asks_within_a_task_group(
+    url: str, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def handle(task: Task, log: TaskLog) -> Any:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(log.ask("Send it?"))
+
+    monkeypatch.setenv("REDIS_URL", url)
+    monkeypatch.setattr(consumer, "handle", handle)
+    asyncio.run(consumer.consume(10, burst=True))
+    assert field(queue, "status") == "parked"
+
+
+def test_two_looks_into_the_inbox_at_once_share_the_messages(url: str, queue: TaskQueue) -> None:
+    async def test() -> list[list[str]]:
+        async with attempts(url) as worker:
+            _, log = await worker.claim(popped(queue.redis))
+            queue.tell("1", "first")
+            found = await asyncio.gather(log.inbox(), log.inbox())
+            queue.tell("1", "second")
+            return [*found, await log.inbox()]
+
+    assert run(test) == [["first"], [], ["second"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FileNotFoundError("no file"), OSError),
+        (KeyError("x"), KeyError),
+        (json.JSONDecodeError("bad", "{", 1), json.JSONDecodeError),
+        (ValueError("x" * 2_000_000), ValueError),
+    ],
+)
+def test_expected_exception_is_raised_again_as_it_was_expected(
+    error: Exception, expected: type[Exception], url: str, queue: TaskQueue
+) -> None:
+    raised = []
+
+    async def test() -> None:
+        async with attempts(url) as worker:
+            element = popped(queue.redis)
+            for _ in range(3):
+                _, log = await worker.claim(element)
+                with pytest.raises(expected) as caught:
+                    await log.step("load", Mail(error), expected=(expected,))
+                raised.append(str(caught.value)[:100])
+                end_lease(queue, "1")
+
+    run(test)
+    assert raised[1] == raised[2]
+    if len(error.args) == 1 and len(str(error)) < 100:
+        assert raised[0] == raised[1]

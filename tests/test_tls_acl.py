@@ -324,6 +324,14 @@ def test_users_of_the_page_may_do_their_work(users: Users, script: Start, tmp_pa
     assert "by-hand.r2" in again
     assert f"waiting {len(again)}" in admin("status")[0]
     admin("cancel", *again)
+    [asking] = run(users.url("producer"), "producer.py", *put)[0].split()
+    asker = script(users.url("worker"), "agent_consumer.py", "--llm-delay", "0", "--approve", "email_sender.send")
+    wait_until(lambda: asking in admin("questions")[0], "the agent asks")
+    admin("tell", asking, "be quick")
+    admin("answer", asking, "no")
+    run(users.url("reader"), "stream_reader.py", asking)
+    asker.terminate()
+    asker.communicate(timeout=60)
     (tmp_path / "tasks.jsonl").write_text('{"type": "nonsense"}')
     admin("import", str(tmp_path / "tasks.jsonl"))
     everything.terminate()

@@ -3,7 +3,7 @@
 -- KEYS  queue, leases, record
 -- ARGV  id, token, id as JSON, delay (ms), '' to push it now, or 'park', counter to increment: 'failures', 'losses' or ''
 -- Returns 1, or 0 if the lease is lost. A second call changes nothing.
-local r = redis.call('HMGET', KEYS[3], 'status', 'token', 'data', 'worker', 'expires_at', 'answer')
+local r = redis.call('HMGET', KEYS[3], 'status', 'token', 'data', 'worker', 'expires_at', 'answer', 'cancel')
 if r[2] ~= ARGV[2] then
   return 0
 end
@@ -14,7 +14,8 @@ redis.call('HSET', KEYS[3], 'lost', ARGV[5] == 'losses' and r[4] or '')
 if ARGV[5] ~= '' then
   redis.call('HINCRBY', KEYS[3], ARGV[5], 1)
 end
-if ARGV[4] == '' or ARGV[4] == 'park' and r[6] then -- the answer may have come first
+-- subtle: the answer may have come first, or somebody may have cancelled the task: then it need not rest
+if ARGV[4] == '' or r[7] or ARGV[4] == 'park' and r[6] then
   redis.call('HDEL', KEYS[3], 'token')
   redis.call('ZREM', KEYS[2], ARGV[1])
   redis.call('HSET', KEYS[3], 'status', 'waiting')
