@@ -10,16 +10,30 @@ of all rounds. Both sides use the same client settings and send the same number 
 """
 
 import argparse
+import asyncio
 import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from common import machine, run, server
+from redis.asyncio.lock import Lock as AsyncLock
 from redis.lock import Lock
 
-from ailf.messaging.redis import RedisLock, RedisPubSub, RedisRateLimiter, RedisStream, connect
+from ailf.messaging.redis import (
+    AsyncRedisLock,
+    AsyncRedisPubSub,
+    AsyncRedisRateLimiter,
+    AsyncRedisStream,
+    RedisLock,
+    RedisPubSub,
+    RedisRateLimiter,
+    RedisStream,
+    connect,
+    connect_async,
+)
 from ailf.messaging.redis.lua import HERE as LUA
 
 MESSAGE = {"task_id": "123", "type": "document_processing", "content": "Document content", "pages": 7}
@@ -72,6 +86,35 @@ def pairs(url: str) -> dict[str, Pair]:
     }
 
 
+async def async_pairs(url: str) -> dict[str, Pair]:
+    """Return the same of the asyncio classes, except the group."""
+    bare, ours = await connect_async(url), await connect_async(url)
+    stream, pubsub = AsyncRedisStream("ours", ours), AsyncRedisPubSub(ours)
+    limiter = AsyncRedisRateLimiter("ours", rate=NEVER, period=0.001, redis_client=ours)
+    lock = AsyncRedisLock("ours", redis_client=ours)
+    bare_lock = AsyncLock(bare, "bare-lock", timeout=10, thread_local=False)
+    allow = await bare.script_load((LUA / "allow.lua").read_text())
+    text = json.dumps(MESSAGE)
+
+    async def acquire_and_release_bare() -> None:
+        await bare_lock.acquire(blocking=False)
+        await bare_lock.release()
+
+    async def acquire_and_release() -> None:
+        await lock.acquire(retry=0)
+        await lock.release()
+
+    return {
+        "asyncio: add": (lambda: bare.xadd("bare", FIELDS, maxlen=10_000), lambda: stream.add(MESSAGE)),
+        "asyncio: publish": (lambda: bare.publish("channel", text), lambda: pubsub.publish("channel", MESSAGE)),
+        "asyncio: is_allowed": (
+            lambda: bare.evalsha(allow, 1, "bare-limit", NEVER, 1000),
+            lambda: limiter.is_allowed("key"),
+        ),
+        "asyncio: acquire + release": (acquire_and_release_bare, acquire_and_release),
+    }
+
+
 def calls_per_second(call: Callable[[], Any], calls: int) -> float:
     began = time.perf_counter()
     for _ in range(calls):
@@ -79,11 +122,23 @@ def calls_per_second(call: Callable[[], Any], calls: int) -> float:
     return calls / (time.perf_counter() - began)
 
 
-def measure(pair: Pair, rounds: int, calls: int) -> dict[str, float]:
+def in_loop(runner: asyncio.Runner, call: Callable[[], Any]) -> Callable[[int], float]:
+    """Return calls_per_second() of a call that is awaited: the loop runs for all calls of a round at once."""
+
+    async def all_of(calls: int) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            await call()
+        return calls / (time.perf_counter() - began)
+
+    return lambda calls: runner.run(all_of(calls))
+
+
+def measure(pair: list[Callable[[int], float]], rounds: int, calls: int) -> dict[str, float]:
     """Alternate rounds of both; return calls a second (medians) and the ratios."""
-    for call in pair:
-        calls_per_second(call, calls // 10)  # to warm up
-    speeds = [[calls_per_second(call, calls) for call in pair] for _ in range(rounds)]
+    for speed_of in pair:
+        speed_of(calls // 10)  # to warm up
+    speeds = [[speed_of(calls) for speed_of in pair] for _ in range(rounds)]
     ratios = sorted(ours / bare for bare, ours in speeds)
     return {
         "bare_per_second": round(statistics.median(bare for bare, _ in speeds)),
@@ -103,8 +158,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.calls = 3, 20
-    with server() as url:
-        results = {name: measure(pair, args.rounds, args.calls) for name, pair in pairs(url).items()}
+    with server() as url, asyncio.Runner() as runner:
+        rounds: dict[str, list[Callable[[int], float]]] = {
+            name: [partial(calls_per_second, call) for call in pair] for name, pair in pairs(url).items()
+        }
+        for name, pair in runner.run(async_pairs(url)).items():
+            rounds[name] = [in_loop(runner, call) for call in pair]
+        results = {name: measure(pair, args.rounds, args.calls) for name, pair in rounds.items()}
         where = machine(connect(url))
     if args.json:
         print(json.dumps(results))

@@ -1,12 +1,13 @@
 """A process for the tests to start: its threads call one rate limiter until it reads a line.
 
-Usage:   python tests/messaging/limiter_program.py THREADS RATE PERIOD SKEW_SECONDS
+Usage:   python tests/messaging/limiter_program.py sync|async THREADS RATE PERIOD SKEW_SECONDS
 Needs:   Redis at $REDIS_URL
 Keys:    limit:shared, and calls (a line for each decision: its time on the server, 1 or 0, who asked)
 
 This process' clocks are wrong by SKEW_SECONDS. Every other thread waits for its turn, the rest ask again and again.
 """
 
+import asyncio
 import os
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from ailf.messaging.redis import AsyncRedisRateLimiter, RedisRateLimiter, connect, lua
+from ailf.messaging.redis import AsyncRedisRateLimiter, RedisRateLimiter, lua
 
 PAUSE_SECONDS = 0.02  # after a denied call, so that demand does not eat up the machine
 
@@ -57,14 +58,32 @@ def call(limiter: RedisRateLimiter, wait: bool, stopped: threading.Event) -> Non
             time.sleep(PAUSE_SECONDS)
 
 
+async def call_async(limiter: AsyncRedisRateLimiter, wait: bool, stopped: threading.Event) -> None:
+    await limiter.check("other")  # connects
+    record(limiter)
+    while not stopped.is_set():
+        if wait:
+            await limiter.wait("shared")
+        elif not await limiter.is_allowed("shared"):
+            await asyncio.sleep(PAUSE_SECONDS)
+
+
 def main() -> int:
-    threads, rate, period, skew = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    kind, threads, rate = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    period, skew = float(sys.argv[4]), float(sys.argv[5])
     the_time, the_monotonic = time.time, time.monotonic
     time.time, time.monotonic = lambda: the_time() + skew, lambda: the_monotonic() + skew
-    limiter = RedisRateLimiter("limit", rate, period, connect())
-    record(limiter)
     stopped = threading.Event()
-    callers = [threading.Thread(target=call, args=(limiter, n % 2 == 0, stopped)) for n in range(threads)]
+    shared = RedisRateLimiter("limit", rate, period)
+    record(shared)
+
+    def work(wait: bool) -> None:
+        if kind == "sync":
+            call(shared, wait, stopped)
+        else:
+            asyncio.run(call_async(AsyncRedisRateLimiter("limit", rate, period), wait, stopped))
+
+    callers = [threading.Thread(target=work, args=(n % 2 == 0,)) for n in range(threads)]
     for caller in callers:
         caller.start()
     sys.stdin.readline()

@@ -1,7 +1,7 @@
 """A process for the tests to start, stop and kill: it acquires a lock, and writes to a resource that checks tokens.
 
-Usage:   python tests/messaging/lock_program.py write COUNT [--die-at N | --pause-at N]
-         python tests/messaging/lock_program.py hold EXPIRE
+Usage:   python tests/messaging/lock_program.py write sync|async COUNT [--die-at N | --pause-at N]
+         python tests/messaging/lock_program.py hold sync|async EXPIRE
 Needs:   Redis at $REDIS_URL
 Keys:    resource (the greatest token it has seen), history (a line for each event, in the server's order)
 
@@ -10,16 +10,19 @@ line and wait for one on stdin. `hold` acquires lock:shared with auto_renew, pri
 """
 
 import argparse
+import asyncio
+import inspect
 import os
 import random
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from ailf.messaging.redis import Client, LockNotOwned, RedisLock, connect
+from ailf.messaging.redis import AsyncRedisLock, Client, LockNotOwned, RedisLock, connect
 
 EXPIRE = 1.0  # of the lock: longer than a process on a busy machine is off its core, mostly
 
@@ -32,11 +35,15 @@ return accepted
 """
 
 
-def write_often(redis: Client, count: int, die_at: int, pause_at: int) -> None:
-    lock = RedisLock("shared", EXPIRE, redis)
+async def answer(value: Any) -> Any:
+    """Return what either kind of lock answers."""
+    return await value if inspect.isawaitable(value) else value
+
+
+async def write_often(redis: Client, lock: Any, count: int, die_at: int, pause_at: int) -> None:
     resource = redis.register_script(WRITE)
     for n in range(count):
-        assert lock.acquire(retry=100_000, retry_delay=0.005)
+        assert await answer(lock.acquire(retry=100_000, retry_delay=0.005))
         who, token = f"{os.getpid()}:{n}", lock.fencing_token
         resource(keys=["resource", "history"], args=[who, token])
         if n == die_at:
@@ -45,36 +52,39 @@ def write_often(redis: Client, count: int, die_at: int, pause_at: int) -> None:
             print("holding", flush=True)
             sys.stdin.readline()
             try:
-                lock.extend()
+                await answer(lock.extend())
             except LockNotOwned:
                 redis.rpush("history", f"{who} {token} not-extended")
         resource(keys=["resource", "history"], args=[who, token])
-        redis.rpush("history", f"{who} {token} {'released' if lock.release() else 'lost'}")
+        redis.rpush("history", f"{who} {token} {'released' if await answer(lock.release()) else 'lost'}")
         time.sleep(random.uniform(0, 0.01))  # let the others have a turn
 
 
-def hold(redis: Client, expire: float) -> None:
-    lock = RedisLock("shared", expire, redis, auto_renew=True)
-    assert lock.acquire()
+async def hold(lock: Any) -> None:
+    assert await answer(lock.acquire())
     print(lock.fencing_token, flush=True)
-    signal.pause()
+    await asyncio.Event().wait()
 
 
-def main() -> int:
+async def main() -> int:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
     writing = commands.add_parser("write")
+    writing.add_argument("kind", choices=["sync", "async"])
     writing.add_argument("count", type=int)
     writing.add_argument("--die-at", type=int, default=-1)
     writing.add_argument("--pause-at", type=int, default=-1)
-    commands.add_parser("hold").add_argument("expire", type=float)
+    holding = commands.add_parser("hold")
+    holding.add_argument("kind", choices=["sync", "async"])
+    holding.add_argument("expire", type=float)
     args = parser.parse_args()
+    Lock = RedisLock if args.kind == "sync" else AsyncRedisLock
     if args.command == "write":
-        write_often(connect(), args.count, args.die_at, args.pause_at)
+        await write_often(connect(), Lock("shared", EXPIRE), args.count, args.die_at, args.pause_at)
     else:
-        hold(connect(), args.expire)
+        await hold(Lock("shared", args.expire, auto_renew=True))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(asyncio.run(main()))

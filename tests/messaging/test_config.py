@@ -65,19 +65,10 @@ def test_unknown_field_is_named() -> None:
 
 
 OUT_OF_RANGE = [
-    ("host", ""),
-    ("username", ""),
-    ("password", ""),
-    ("port", 0),
-    ("port", 65536),
-    ("port", -1),
-    ("db", -1),
-    ("max_connections", 0),
-    ("socket_timeout", 0),
-    ("socket_timeout", -1),
-    ("socket_timeout", math.inf),
-    ("socket_timeout", math.nan),
-    ("socket_connect_timeout", 0.0),
+    *[(field, "") for field in ("host", "username", "password")],
+    *[("port", value) for value in (0, 65536, -1)],
+    *[("db", -1), ("max_connections", 0), ("socket_connect_timeout", 0.0)],
+    *[("socket_timeout", value) for value in (0, -1, math.inf, math.nan)],
 ]
 
 
@@ -89,21 +80,10 @@ def test_value_out_of_range_is_a_clear_error(field: str, value: Any) -> None:
 
 
 OF_WRONG_TYPE = [
-    ("host", None),
-    ("host", b"db"),
-    ("password", b"secret"),
-    ("port", "6379"),
-    ("port", 6379.0),
-    ("port", True),
-    ("db", None),
-    ("ssl", "yes"),
-    ("ssl", 1),
-    ("socket_keepalive", None),
-    ("decode_responses", "no"),
-    ("max_connections", 1.5),
-    ("socket_timeout", None),
-    ("socket_timeout", "5"),
-    ("socket_connect_timeout", True),
+    *[("host", None), ("host", b"db"), ("password", b"secret"), ("db", None), ("max_connections", 1.5)],
+    *[("port", value) for value in ("6379", 6379.0, True)],
+    *[("ssl", "yes"), ("ssl", 1), ("socket_keepalive", None), ("decode_responses", "no")],
+    *[("socket_timeout", None), ("socket_timeout", "5"), ("socket_connect_timeout", True)],
 ]
 
 

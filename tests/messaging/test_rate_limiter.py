@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
@@ -27,22 +28,27 @@ from ailf.messaging.redis import (
     RedisUnavailable,
     connect,
     connect_async,
+    rate_limiter,
 )
+
+pytest_plugins = "kinds"
+
+Make = Callable[..., Any]  # make("RedisRateLimiter", server, "limit"): either kind, as kinds.py has it
 
 Start = Callable[..., "subprocess.Popen[str]"]
 PROGRAM = "tests/messaging/limiter_program.py"
 KEY = "limit:a"  # of RedisRateLimiter("limit", …) and "a"
 
 
-@pytest.fixture
-def fake() -> Any:
-    return fakeredis.FakeRedis(decode_responses=True)
-
-
 def now_us(client: Any) -> int:
     """The server's time in microseconds."""
     seconds, microseconds = client.time()
     return int(seconds) * 1_000_000 + int(microseconds)
+
+
+def start_recording(limiter: Any) -> None:
+    limiter.check("other")  # connects
+    record(getattr(limiter, "target", limiter))
 
 
 def recorded(client: Any) -> list[tuple[int, bool]]:
@@ -69,7 +75,9 @@ def assert_exact(calls: list[tuple[int, bool]], rate: int, period: float) -> Non
 
 
 @pytest.mark.parametrize("threads", [5, pytest.param(25, marks=pytest.mark.chaos)])
-def test_threads_in_4_processes_get_the_rate_and_no_more(server: Server, script: Start, threads: int) -> None:
+def test_threads_in_4_processes_get_the_rate_and_no_more(
+    server: Server, script: Start, kind: str, threads: int
+) -> None:
     """Two of the processes are an hour off. No window has more calls, and who is denied finds one that is full.
 
     The second says "at least `rate` a period while there is demand" without a word on how busy the machine is.
@@ -78,7 +86,8 @@ def test_threads_in_4_processes_get_the_rate_and_no_more(server: Server, script:
 
     skews = ("0", "0", "3600", "-3600")
     programs = [
-        script(server.url, PROGRAM, str(threads), str(rate), str(period), skew, stdin=subprocess.PIPE) for skew in skews
+        script(server.url, PROGRAM, kind, str(threads), str(rate), str(period), skew, stdin=subprocess.PIPE)
+        for skew in skews
     ]
     wait_until(
         lambda: len({line.split()[2] for line in client.lrange("calls", 0, -1)}) == 4 * threads, "all threads call"
@@ -98,12 +107,12 @@ def test_threads_in_4_processes_get_the_rate_and_no_more(server: Server, script:
     assert_exact(calls, rate, period)
 
 
-def test_bursts_of_any_shape_are_decided_exactly(server: Server) -> None:
+def test_bursts_of_any_shape_are_decided_exactly(make: Make, server: Server) -> None:
     """One caller, four rates and periods, with pauses: every decision is the one by definition."""
     for rate, period in [(1, 0.02), (3, 0.05), (7, 0.001), (1000, 0.3)]:
         server.client().flushdb()
-        limiter = RedisRateLimiter("limit", rate, period, server.client())
-        record(limiter)
+        limiter = make("RedisRateLimiter", server, "limit", rate, period)
+        start_recording(limiter)
 
         for burst in range(12):
             for _ in range(burst * 3):
@@ -113,10 +122,10 @@ def test_bursts_of_any_shape_are_decided_exactly(server: Server) -> None:
         assert_exact(recorded(server.client()), rate, period)
 
 
-def test_denied_calls_cost_nothing(server: Server) -> None:
+def test_denied_calls_cost_nothing(make: Make, server: Server) -> None:
     """1,000 of them leave the key as it was: as many times, as many bytes, as long to live."""
     client = server.client()
-    limiter = RedisRateLimiter("limit", 50, 3600, client)
+    limiter = make("RedisRateLimiter", server, "limit", 50, 3600)
     for _ in range(50):
         assert limiter.is_allowed("a")
     times, size, expires = client.lrange(KEY, 0, -1), client.memory_usage(KEY), client.pexpiretime(KEY)
@@ -130,10 +139,10 @@ def test_denied_calls_cost_nothing(server: Server) -> None:
     assert client.dbsize() == 1
 
 
-def test_memory_is_bounded_by_the_rate(server: Server) -> None:
+def test_memory_is_bounded_by_the_rate(make: Make, server: Server) -> None:
     """However many calls are allowed, the key holds the last `rate`, and takes no more memory for that."""
     client, sizes = server.client(), []
-    limiter = RedisRateLimiter("limit", 10, 0.002, client)
+    limiter = make("RedisRateLimiter", server, "limit", 10, 0.002)
 
     for _ in range(40):
         for _ in range(10):
@@ -144,10 +153,10 @@ def test_memory_is_bounded_by_the_rate(server: Server) -> None:
     assert max(size for _, size in sizes) < 300
 
 
-def test_key_is_gone_after_the_period(server: Server) -> None:
+def test_key_is_gone_after_the_period(make: Make, server: Server) -> None:
     """It lives a period from the last allowed call: a millisecond or two longer, and never less."""
     client = server.client()
-    limiter = RedisRateLimiter("limit", 2, 0.3, client)
+    limiter = make("RedisRateLimiter", server, "limit", 2, 0.3)
 
     limiter.is_allowed("a")
     limiter.is_allowed("a")
@@ -160,10 +169,10 @@ def test_key_is_gone_after_the_period(server: Server) -> None:
 
 
 @pytest.mark.parametrize("there", [1, 3, 5])
-def test_clock_put_back_is_recovered_from_within_a_period(server: Server, there: int) -> None:
+def test_clock_put_back_is_recovered_from_within_a_period(make: Make, server: Server, there: int) -> None:
     """Calls an hour ahead of the server's clock count as made just now: for one period, not for an hour."""
     rate, period, client = 5, 1.0, server.client()
-    limiter = RedisRateLimiter("limit", rate, period, client)
+    limiter = make("RedisRateLimiter", server, "limit", rate, period)
     ahead = now_us(client) + 3_600_000_000
     client.rpush(KEY, *[ahead - n for n in range(there)])
 
@@ -176,17 +185,17 @@ def test_clock_put_back_is_recovered_from_within_a_period(server: Server, there:
     assert denied.retry_after_seconds <= period + 0.000_001
     assert max(kept) <= now_us(client)
     assert limiter.wait("a", timeout=60)
-    record(limiter)
+    start_recording(limiter)
     for _ in range(rate + 1):
         limiter.wait("a")
     times = [at for at, allowed in recorded(client) if allowed]
     assert all(later - earlier > period * 1_000_000 for earlier, later in zip(times, times[rate:], strict=False))
 
 
-def test_clock_put_back_amid_the_calls_is_strict(server: Server) -> None:
+def test_clock_put_back_amid_the_calls_is_strict(make: Make, server: Server) -> None:
     """Some calls are ahead, some are not: all count, for a period from now at most."""
     client = server.client()
-    limiter = RedisRateLimiter("limit", 3, 60, client)
+    limiter = make("RedisRateLimiter", server, "limit", 3, 60)
     now = now_us(client)
     client.rpush(KEY, now + 3_600_000_000, now - 30_000_000)
 
@@ -197,10 +206,10 @@ def test_clock_put_back_amid_the_calls_is_strict(server: Server) -> None:
     assert 50 < second.retry_after_seconds <= 60.000_001
 
 
-def test_retry_after_is_when_the_window_has_room(server: Server) -> None:
+def test_retry_after_is_when_the_window_has_room(make: Make, server: Server) -> None:
     """It ends one microsecond after the oldest call is a period old, whenever one asks."""
     client = server.client()
-    limiter = RedisRateLimiter("limit", 2, 100, client)
+    limiter = make("RedisRateLimiter", server, "limit", 2, 100)
     now = now_us(client)
     client.rpush(KEY, now - 10_000_000, now - 90_000_000)
 
@@ -278,11 +287,11 @@ def test_clock_that_is_put_back_lets_no_more_through(rate: int, steps: list[int]
 # -- waiting ----------------------------------------------------------------------------------------------------
 
 
-def test_wait_blocks_until_allowed_and_counts_the_call(server: Server) -> None:
+def test_wait_blocks_until_allowed_and_counts_the_call(make: Make, server: Server) -> None:
     """With and without a timeout that is long enough; the calls are a period apart."""
     client = server.client()
-    limiter = RedisRateLimiter("limit", 1, 0.1, client)
-    record(limiter)
+    limiter = make("RedisRateLimiter", server, "limit", 1, 0.1)
+    start_recording(limiter)
 
     waited = [limiter.wait("a"), limiter.wait("a"), limiter.wait("a", timeout=30), limiter.wait("a", timeout=math.inf)]
 
@@ -293,25 +302,29 @@ def test_wait_blocks_until_allowed_and_counts_the_call(server: Server) -> None:
 
 @pytest.mark.parametrize(("timeout", "slept"), [(0, []), (20, [20]), (-1, [])])
 def test_wait_gives_up_after_the_timeout(
-    fake: Any, monkeypatch: pytest.MonkeyPatch, timeout: float, slept: list[float]
+    make: Make, fake: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch, timeout: float, slept: list[float]
 ) -> None:
     """False, not before the timeout, long before there is room; the call is not counted."""
     sleeps = list[float]()
-    monkeypatch.setattr(time, "monotonic", lambda: 1_000.0 + sum(sleeps))
-    monkeypatch.setattr(time, "sleep", sleeps.append)
-    limiter = RedisRateLimiter("limit", 1, 3600, fake)
+    monkeypatch.setattr(rate_limiter, "time", SimpleNamespace(monotonic=lambda: 1_000.0 + sum(sleeps)))
+    for of_kind in (RedisRateLimiter, AsyncRedisRateLimiter):
+        monkeypatch.setattr(of_kind, "sleep", staticmethod(sleeps.append))
+    limiter = make("RedisRateLimiter", fake, "limit", 1, 3600)
     limiter.is_allowed("a")
 
     waited = limiter.wait("a", timeout=timeout)
 
     assert (waited, sleeps) == (False, slept)
-    assert fake.llen(KEY) == 1
+    assert fakeredis.FakeRedis(server=fake).llen(KEY) == 1
 
 
-def test_wait_without_need_does_not_wait(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_without_need_does_not_wait(
+    make: Make, fake: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There is room: no sleep, also with timeout 0."""
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it slept"))
-    limiter = RedisRateLimiter("limit", 2, 3600, fake)
+    for of_kind in (RedisRateLimiter, AsyncRedisRateLimiter):
+        monkeypatch.setattr(of_kind, "sleep", staticmethod(lambda _: pytest.fail("it slept")))
+    limiter = make("RedisRateLimiter", fake, "limit", 2, 3600)
 
     assert limiter.wait("a", timeout=0)
     assert limiter.wait("a")
@@ -320,9 +333,9 @@ def test_wait_without_need_does_not_wait(fake: Any, monkeypatch: pytest.MonkeyPa
 # -- keys and rates ---------------------------------------------------------------------------------------------
 
 
-def test_remaining_counts_down(fake: Any) -> None:
+def test_remaining_counts_down(make: Make, fake: fakeredis.FakeServer) -> None:
     """check() says how many calls are left, and 0 seconds as long as it allows one."""
-    limiter = RedisRateLimiter("limit", 3, 3600, fake)
+    limiter = make("RedisRateLimiter", fake, "limit", 3, 3600)
 
     decisions = [limiter.check("a") for _ in range(4)]
 
@@ -331,24 +344,19 @@ def test_remaining_counts_down(fake: Any) -> None:
     assert 3500 < decisions[3].retry_after_seconds <= 3600.000_001
 
 
-def test_limiters_of_one_prefix_count_together(fake: Any) -> None:
+def test_limiters_of_one_prefix_count_together(make: Make, fake: fakeredis.FakeServer) -> None:
     """Two objects share a key; other keys and other prefixes have their own calls."""
-    one, other = RedisRateLimiter("limit", 2, 3600, fake), RedisRateLimiter("limit", 2, 3600, fake)
+    one, other = make("RedisRateLimiter", fake, "limit", 2, 3600), make("RedisRateLimiter", fake, "limit", 2, 3600)
 
-    assert [one.is_allowed("a"), other.is_allowed("a"), one.is_allowed("a"), other.is_allowed("a")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert [each.is_allowed("a") for each in (one, other, one, other)] == [True, True, False, False]
     assert one.is_allowed("b")
-    assert RedisRateLimiter("limit2", 2, 3600, fake).is_allowed("a")
+    assert make("RedisRateLimiter", fake, "limit2", 2, 3600).is_allowed("a")
 
 
-def test_different_rates_on_one_key_are_each_kept(server: Server) -> None:
+def test_different_rates_on_one_key_are_each_kept(make: Make, server: Server) -> None:
     """All calls count for both; the lower rate is denied first, and told when its own window has room."""
     client = server.client()
-    low, high = RedisRateLimiter("limit", 2, 3600, client), RedisRateLimiter("limit", 4, 3600, client)
+    low, high = make("RedisRateLimiter", server, "limit", 2, 3600), make("RedisRateLimiter", server, "limit", 4, 3600)
 
     decisions = [each.check("a") for each in (low, high, low, high, high, high, low)]
 
@@ -365,10 +373,10 @@ ODD = ["", " ", "a b\r\n*1", "ü☃\U0001f600", "{x}", "}{", "*", "a:b", "\x00",
 
 
 @pytest.mark.parametrize("key", ODD, ids=lambda key: repr(key[:20]))
-def test_odd_keys_are_keys_like_others(valkey: Server, key: str) -> None:
+def test_odd_keys_are_keys_like_others(make: Make, valkey: Server, key: str) -> None:
     """Whatever is in it, it is one key of its own."""
     client = valkey.client()
-    limiter = RedisRateLimiter(f"odd {key}", 1, 3600, client)
+    limiter = make("RedisRateLimiter", valkey, f"odd {key}", 1, 3600)
 
     assert [limiter.is_allowed(key), limiter.is_allowed(key), limiter.is_allowed(key + "'")] == [True, False, True]
 
@@ -376,44 +384,34 @@ def test_odd_keys_are_keys_like_others(valkey: Server, key: str) -> None:
 
 
 WRONG: list[tuple[type[Exception], tuple[Any, ...]]] = [
-    (ValueError, ("",)),
-    (ValueError, (None,)),
-    (ValueError, (b"limit",)),
-    (ValueError, ("limit", 0)),
-    (ValueError, ("limit", -1)),
-    (TypeError, ("limit", 1.5)),
-    (TypeError, ("limit", "10")),
-    (TypeError, ("limit", True)),
-    (TypeError, ("limit", None)),
-    (ValueError, ("limit", 1, 0)),
-    (ValueError, ("limit", 1, -1)),
-    (ValueError, ("limit", 1, math.nan)),
-    (ValueError, ("limit", 1, math.inf)),
-    (TypeError, ("limit", 1, "1")),
-    (TypeError, ("limit", 1, None)),
+    *[(ValueError, (prefix,)) for prefix in ("", None, b"limit")],
+    *[(ValueError, ("limit", rate)) for rate in (0, -1)],
+    *[(TypeError, ("limit", rate)) for rate in (1.5, "10", True, None)],
+    *[(ValueError, ("limit", 1, period)) for period in (0, -1, math.nan, math.inf)],
+    *[(TypeError, ("limit", 1, period)) for period in ("1", None)],
 ]
 
 
 @pytest.mark.parametrize(("error", "arguments"), WRONG, ids=str)
-def test_wrong_arguments_are_refused(fake: Any, error: type[Exception], arguments: tuple[Any, ...]) -> None:
+def test_wrong_arguments_are_refused(error: type[Exception], arguments: tuple[Any, ...]) -> None:
     """When the limiter is made, by both classes, with a word on what is expected."""
     for kind in (RedisRateLimiter, AsyncRedisRateLimiter):
         with pytest.raises(error, match="must be"):
-            kind(*arguments, redis_client=fake)
+            kind(*arguments, redis_client=fakeredis.FakeRedis())
 
 
 @pytest.mark.parametrize("key", [None, 1, b"a"])
-def test_key_must_be_text(fake: Any, key: Any) -> None:
+def test_key_must_be_text(make: Make, fake: fakeredis.FakeServer, key: Any) -> None:
     with pytest.raises(TypeError):
-        RedisRateLimiter("limit", redis_client=fake).is_allowed(key)
+        make("RedisRateLimiter", fake, "limit").is_allowed(key)
 
 
 # -- when Redis is away -----------------------------------------------------------------------------------------
 
 
-def test_server_that_is_gone_is_redis_unavailable(server: Server) -> None:
-    """Neither allowed nor denied: the caller decides. It works again when the server is back."""
-    limiter = RedisRateLimiter("limit", 3, 3600, connect(server.url))
+def test_server_that_is_gone_is_redis_unavailable(make: Make, server: Server) -> None:
+    """Neither allowed nor denied, from the first use on: the caller decides. It works again when the server is back."""
+    limiter = make("RedisRateLimiter", server, "limit", 3, 3600)
     limiter.is_allowed("a")
     server.stop(signal.SIGKILL)
 
@@ -426,9 +424,9 @@ def test_server_that_is_gone_is_redis_unavailable(server: Server) -> None:
     assert limiter.is_allowed("a")
 
 
-def test_restarted_server_and_flushed_scripts_are_survived(server: Server) -> None:
+def test_restarted_server_and_flushed_scripts_are_survived(make: Make, server: Server) -> None:
     """The server forgot the script, which is loaded again; calls made before count if the server kept them."""
-    limiter = RedisRateLimiter("limit", 3, 3600, connect(server.url))
+    limiter = make("RedisRateLimiter", server, "limit", 3, 3600)
 
     first = limiter.check("a")
     server.client().script_flush()
@@ -445,52 +443,32 @@ def test_restarted_server_and_flushed_scripts_are_survived(server: Server) -> No
     ]
 
 
-def test_key_of_another_kind_is_an_error(server: Server) -> None:
+def test_key_of_another_kind_is_an_error(make: Make, server: Server) -> None:
     """Somebody else's string under that name is neither counted nor overwritten."""
     server.client().set(KEY, "mine")
 
     with pytest.raises(RedisMessagingError, match="WRONGTYPE") as caught:
-        RedisRateLimiter("limit", redis_client=server.client()).is_allowed("a")
+        make("RedisRateLimiter", server, "limit").is_allowed("a")
 
     assert not isinstance(caught.value, RedisUnavailable)
     assert server.client().get(KEY) == "mine"
 
 
-def test_it_runs_on_a_cluster(cluster_of_one: str) -> None:
-    """Both classes; each script has one key."""
+def test_it_runs_on_a_cluster(make: Make, cluster_of_one: str) -> None:
+    """Its script has one key."""
+    limiter = make("RedisRateLimiter", cluster_of_one, "limit", 3, 3600)
 
-    async def ask() -> list[bool]:
-        client = await connect_async(cluster_of_one)
-        try:
-            limiter = AsyncRedisRateLimiter("limit", 3, 3600, client)
-            return [await limiter.is_allowed("a") for _ in range(3)]
-        finally:
-            await client.aclose()
-
-    assert RedisRateLimiter("limit", 3, 3600, connect(cluster_of_one)).is_allowed("a")
-    assert asyncio.run(ask()) == [True, True, False]
+    assert [limiter.is_allowed("a") for _ in range(4)] == [True, True, True, False]
 
 
-# -- asyncio ----------------------------------------------------------------------------------------------------
-
-
-def with_client(server: Server, use: Callable[[Any], Any]) -> Any:
-    """Run a coroutine function with a redis.asyncio client for the server; return its result."""
-
-    async def run() -> Any:
-        client = await connect_async(server.url)
-        try:
-            return await use(client)
-        finally:
-            await client.aclose()
-
-    return asyncio.run(run())
+# -- many callers, and clients -----------------------------------------------------------------------------------
 
 
 def test_100_tasks_get_the_rate_and_no_more(server: Server) -> None:
     """They wait without blocking the event loop, and every decision is exact."""
 
-    async def use(client: Any) -> tuple[list[bool], int]:
+    async def use() -> tuple[list[bool], int]:
+        client = await connect_async(server.url)
         limiter = AsyncRedisRateLimiter("limit", 20, 0.2, client)
         await limiter.check("other")  # connects
         record(limiter)
@@ -505,9 +483,10 @@ def test_100_tasks_get_the_rate_and_no_more(server: Server) -> None:
         ticking = asyncio.create_task(tick())
         waited = await asyncio.gather(*[limiter.wait("a") for _ in range(100)])
         ticking.cancel()
+        await client.aclose()
         return waited, ticks
 
-    waited, ticks = with_client(server, use)
+    waited, ticks = asyncio.run(use())
 
     assert waited == [True] * 100
     assert ticks > 3
@@ -516,44 +495,18 @@ def test_100_tasks_get_the_rate_and_no_more(server: Server) -> None:
     assert_exact(calls, 20, 0.2)
 
 
-def test_async_answers_are_those_of_the_other(server: Server) -> None:
-    """The same script: both count together; wait() gives up after its timeout."""
+def test_blocking_and_asyncio_limiters_count_together(server: Server) -> None:
+    """They run the same script on the same keys."""
 
-    async def use(client: Any) -> tuple[Any, ...]:
+    async def use() -> list[Any]:
+        client = await connect_async(server.url)
         limiter = AsyncRedisRateLimiter("limit", 2, 3600, client)
-        first = await limiter.check("a")
-        second = await asyncio.to_thread(RedisRateLimiter("limit", 2, 3600, server.client()).check, "a")
-        third = await limiter.check("a")
-        waited = [await limiter.wait("a", timeout=timeout) for timeout in (0, 0.05)]
-        return first, second, third, waited, await limiter.wait("b", timeout=0), await limiter.is_allowed("b")
+        other = RedisRateLimiter("limit", 2, 3600, connect(server.url))
+        decisions = [await limiter.check("a"), await asyncio.to_thread(other.check, "a"), await limiter.check("a")]
+        await client.aclose()
+        return [decision[:2] for decision in decisions]
 
-    first, second, third, waited, other, again = with_client(server, use)
-
-    assert (first, second, third[:2]) == ((True, 1, 0), (True, 0, 0), (False, 0))
-    assert 3500 < third.retry_after_seconds <= 3600.000_001
-    assert waited == [False, False]
-    assert (other, again) == (True, True)
-    assert server.client().llen(KEY) == 2
-
-
-def test_async_server_that_is_gone_is_redis_unavailable(server: Server) -> None:
-    """Before the first use as after it; and flushed scripts are survived."""
-
-    async def use(client: Any) -> bool:
-        limiter = AsyncRedisRateLimiter("limit", 3, 3600, client)
-        await limiter.check("a")
-        await client.script_flush()
-        await limiter.check("a")
-        server.stop(signal.SIGKILL)
-        for call in (limiter.check, limiter.is_allowed, limiter.wait):
-            with pytest.raises(RedisUnavailable, match="cannot reach Redis"):
-                await call("a")
-        with pytest.raises(RedisUnavailable, match="cannot reach Redis"):
-            await AsyncRedisRateLimiter("limit").is_allowed("a")
-        server.start()
-        return await limiter.is_allowed("a")
-
-    assert with_client(server, use) is True
+    assert asyncio.run(use()) == [(True, 1), (True, 0), (False, 0)]
 
 
 def test_async_limiter_connects_once_for_all_its_tasks(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """RedisStream and AsyncRedisStream: what they keep, what they give again, and what breaks them (nothing, it should)."""
 
 import asyncio
-import inspect
 import logging
 import os
 import random
@@ -38,6 +37,8 @@ from ailf.messaging.redis import stream as stream_module
 from ailf.messaging.redis.lua import load
 from ailf.messaging.redis.steps import Steps, run, run_async
 
+pytest_plugins = "kinds"
+
 Make = Callable[..., Any]  # make(server, name="tasks", consumer="") -> a stream of either kind
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -61,62 +62,18 @@ JSON_VALUES = {
 }
 
 
-class InStep:
-    """An AsyncRedisStream that is called like a RedisStream: each call runs to its end in a loop of its own."""
-
-    def __init__(self, stream: AsyncRedisStream) -> None:
-        self.stream, self.runner = stream, asyncio.Runner()
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.stream, name)
-        if not inspect.iscoroutinefunction(value):
-            return value
-        return lambda *args, **options: self.runner.run(value(*args, **options))
-
-
-@pytest.fixture(params=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def make(kind: str) -> Iterator[Make]:
-    """Make a stream of this kind; with a consumer, in the group "workers". All are closed after the test."""
-    made: list[Any] = []
+def make(make: Make) -> Make:
+    """Make a stream of this kind; with a consumer, in the group "workers"."""
 
-    def new(
-        server: Server | fakeredis.FakeServer,
-        name: str = "tasks",
-        consumer: str = "",
-        start_id: str = "0",
-        **options: Any,
-    ) -> Any:
-        if isinstance(server, fakeredis.FakeServer):
-            fake = fakeredis.FakeRedis if kind == "sync" else fakeredis.FakeAsyncRedis
-            client: Any = fake(server=server, decode_responses=True)
-        else:
-            config = RedisConfig(host="127.0.0.1", port=server.port, socket_timeout=options.pop("socket_timeout", 5))
-            client = RedisClient(config) if kind == "sync" else AsyncRedisClient(config)
-        stream = (
-            RedisStream(name, client, **options)
-            if kind == "sync"
-            else InStep(AsyncRedisStream(name, client, **options))
-        )
-        made.append(stream)
+    def new(server: Any, name: str = "tasks", consumer: str = "", start_id: str = "0", **options: Any) -> Any:
+        config = {"socket_timeout": options.pop("socket_timeout", 5)}
+        stream = make("RedisStream", server, name, config=config, **options)
         if consumer:
             stream.create_consumer_group("workers", consumer, start_id)
         return stream
 
-    yield new
-    for stream in made:
-        stream.close()
-        if isinstance(stream, InStep):
-            stream.runner.close()
-
-
-@pytest.fixture
-def fake() -> fakeredis.FakeServer:
-    return fakeredis.FakeServer()
+    return new
 
 
 @contextmanager
@@ -853,7 +810,9 @@ def test_lost_connections_do_not_shorten_the_rest_of_a_failed_message(make: Make
             client.client_kill_filter(_type="normal", skipme=True)
 
     assert handled == [1, 2, 3, 4]
-    assert [one["times_delivered"] for one in client.xpending_range("tasks", "workers", "-", "+", 10)] == [1]
+    # the last kill may have cut off the acknowledgement of the last message, too
+    [first, *_] = client.xpending_range("tasks", "workers", "-", "+", 10)
+    assert first["times_delivered"] == 1
 
 
 @pytest.fixture

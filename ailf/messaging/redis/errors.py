@@ -1,22 +1,14 @@
 """What can go wrong between a program and Redis, and how it is told: exceptions, and one line for a person."""
 
-import inspect
 import re
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-import redis
 from redis import exceptions as errors
-from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
-from redis.sentinel import SentinelConnectionPool
 
-F = TypeVar("F", bound=Callable[..., Any])
-REDIS_ERRORS = (
-    errors.RedisError,
-    errors.RedisClusterException,
-)  # all that redis-py raises: the second is none of the first
+from .topologies import url_of
+
+REDIS_ERRORS = (errors.RedisError, errors.RedisClusterException)  # all of redis-py's: the second isn't a RedisError
 
 
 class RedisMessagingError(Exception):
@@ -31,28 +23,6 @@ class LockNotOwned(RedisMessagingError):
     """The lock is not held, or no longer: it expired, and somebody else may hold it now."""
 
 
-def translated(method: F) -> F:
-    """Let a method raise this package's errors in place of redis-py's, which they chain. Its object has a `redis`."""
-    if inspect.iscoroutinefunction(method):
-
-        @wraps(method)
-        async def call(self: Any, *args: Any, **options: Any) -> Any:
-            try:
-                return await method(self, *args, **options)
-            except REDIS_ERRORS as error:
-                raise translate(error, self.redis) from error
-    else:
-
-        @wraps(method)
-        def call(self: Any, *args: Any, **options: Any) -> Any:
-            try:
-                return method(self, *args, **options)
-            except REDIS_ERRORS as error:
-                raise translate(error, self.redis) from error
-
-    return call  # type: ignore[return-value]
-
-
 def translate(error: Exception, client: Any) -> Exception:
     """Return the error of this package that tells of one of redis-py's; TypeError or ValueError for the caller's."""
     if isinstance(error, errors.DataError):  # redis-py refused an argument: the caller's mistake, and nothing was sent
@@ -63,28 +33,7 @@ def translate(error: Exception, client: Any) -> Exception:
     if re.match("invalid (stream id|expire time)", str(error), re.IGNORECASE):
         return ValueError(str(error))
     kind = RedisUnavailable if is_transient(error) else RedisMessagingError
-    return kind(explain(error, "redis://…" if client is None else url_of(client)))  # None: closed during the call
-
-
-def url_of(client: Any) -> str:
-    """Return where a client connects, as a URL without a password, for messages."""
-    if isinstance(client, redis.RedisCluster | redis.asyncio.RedisCluster):
-        nodes = ",".join(f"{node.host}:{node.port}" for node in client.get_nodes())
-        return f"{_scheme(**client.get_connection_kwargs())}+cluster://{nodes}"
-    pool = client.connection_pool
-    scheme = _scheme(pool.connection_class)
-    if isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
-        return f"{scheme}+sentinel://…/{pool.service_name}"
-    options = pool.connection_kwargs
-    if "path" in options:
-        return f"unix://{options['path']}"
-    return f"{scheme}://{options.get('host', 'localhost')}:{options.get('port', 6379)}/{options.get('db', 0)}"
-
-
-def _scheme(connection_class: type = redis.Connection, ssl: bool = False, **_: Any) -> str:
-    """Return redis or rediss, by the options of a client's connections: a cluster's has one of the two, or none."""
-    secure = ssl or issubclass(connection_class, redis.SSLConnection | redis.asyncio.SSLConnection)
-    return "rediss" if secure else "redis"
+    return kind(explain(error, url_of(client)))
 
 
 def safe_url(url: str) -> str:

@@ -1,30 +1,32 @@
 """A stream of messages that workers share: each goes to one of a consumer group, and stays pending until it is done.
 
-At least once: what a consumer has read and not acknowledged, because it failed or was killed, is delivered again. What
-a handler does must bear being done twice. Entries beyond `maxlen` are trimmed, even those that nobody has read yet.
+At least once: what a consumer has read and not acknowledged, because it failed or was killed, is delivered again. So
+a handler must be idempotent. Entries beyond `maxlen` are trimmed, even those that nobody has read yet.
 """
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from redis import exceptions as errors
 
-from .client import AsyncRedisClient, Client, RedisClient, async_client_of, blocking_client, client_of
+from .base import OnAsyncio, OnThreads, Utility
+from .client import AsyncRedisClient, RedisClient, blocking_client
 from .codec import decode, encode
-from .errors import REDIS_ERRORS, is_transient, reason_of, translated
+from .errors import REDIS_ERRORS, is_transient, reason_of
 from .lua import load
-from .steps import Steps, run, run_async
+from .steps import Steps, both
+from .topologies import Client
 
 MAX_DELIVERIES = 5  # of one entry, before it goes to <stream>:dead
 STALE_MS = 30_000  # without a sign of life of its consumer an entry goes to another one
 BLOCK_SECONDS = 1.0  # of one command: longer blocks are made of several, so that stop() is noticed
-PAGE = 100  # pending entries looked up at one time
 BACK_OFF_SECONDS = 0.5  # between two tries while Redis is away
 MAX_ERROR_CHARS = 2_000  # of an exception in a dead letter
 
@@ -34,13 +36,17 @@ Handler = Callable[[dict[str, Any]], Any]
 logger = logging.getLogger(__name__)
 
 
-class _Stream:
-    """What RedisStream and AsyncRedisStream have in common: everything but how to wait (see steps.py)."""
+class _Stream(Utility):
+    _reader: Client = None  # for commands that block, and for reading what others may have written
 
-    redis: Client  # for short commands
-    _reader: Client  # for those that block, and for reading what others may have written
-
-    def __init__(self, stream_name: str, maxlen: int | None, max_deliveries: int, stale_ms: int) -> None:
+    def __init__(
+        self,
+        stream_name: str,
+        redis_client: RedisClient | AsyncRedisClient | Client | None = None,
+        maxlen: int | None = 10_000,
+        max_deliveries: int = MAX_DELIVERIES,
+        stale_ms: int = STALE_MS,
+    ) -> None:
         if not isinstance(stream_name, str) or not stream_name:
             raise ValueError(f"stream_name must be a name, not {stream_name!r}")
         for name, value in (("maxlen", maxlen), ("max_deliveries", max_deliveries), ("stale_ms", stale_ms)):
@@ -54,18 +60,108 @@ class _Stream:
         self._stopped = threading.Event()
         self._held: set[str] = set()  # the entry in hand, which must not become stale
         self._resting: dict[str, float] = {}  # entries that failed -> time.monotonic() when they are stale
-        self._unacknowledged: set[str] = set()  # entries that were handled, and Redis was not told
-        self._unburied: dict[str, tuple[int, str]] = {}  # deliveries and error of entries that Redis did not bury
+        # Entries that were handled, while Redis was not told -> None, or how often and why they failed
+        self._untold: dict[str, tuple[int, str] | None] = {}
         self._done = 0  # entries that process_messages() has acknowledged
+        self._open(redis_client)
 
-    def _use(self, redis: Client) -> None:
-        self.redis = redis
-        self._reader = blocking_client(redis, BLOCK_SECONDS)
-        self._renew = load(redis, "renew")
+    def _prepare(self) -> None:
+        self._reader = blocking_client(self.redis, BLOCK_SECONDS)
+        self._renew = load(self.redis, "renew")
+
+    # -- the commands -------------------------------------------------------------------------------------------
+
+    @both
+    def add(self, data: dict[str, Any]) -> Steps[str]:
+        """Append a message: a dict with text keys and JSON values, not empty. Return its entry id. Never repeated."""
+        if self.redis is None:
+            yield self.connected()
+        return str((yield self.redis.xadd(self.name, _fields(data), maxlen=self.maxlen)))
+
+    @both
+    def read(self, count: int = 10, block: int | None = None, last_id: str = "$") -> Steps[list[Entry]]:
+        """Return up to `count` entries after an entry id, without a group. With `block` (ms; 0: no end) wait for one.
+
+        "$" goes on where this object's last read() ended; the first time, where the stream ends then. So no entry is
+        missed between two calls.
+        """
+        yield self.connected()
+        if last_id == "$":
+            last_id = self._last_read or (yield from self._end())
+        self._last_read = last_id
+        for block_ms in _blocks(block):
+            if entries := _entries((yield self._reader.xread({self.name: last_id}, count=count, block=block_ms))):
+                self._last_read = entries[-1]["id"]
+                return entries
+        return []
+
+    @both
+    def create_consumer_group(self, group: str, consumer: str, start_id: str = "0") -> Steps[bool]:
+        """Read as this consumer of this group from now on; create the group if there is none: then return True.
+
+        A new group gets whatever comes after start_id: "0" everything, "$" only what is added from now on. A consumer
+        that comes back under its old name goes on with what it left pending.
+        """
+        if not group or not consumer:
+            raise ValueError("group and consumer need a name each")
+        yield self.connected()
+        if start_id == "$":  # subtle: made anew, the group must not leave out what came since
+            start_id = yield from self._end()
+        created = yield from self._create_group(group, start_id)
+        self.group, self.consumer, self._start_id = group, consumer, start_id
+        return created
+
+    @both
+    def read_group(self, count: int = 10, block: int | None = None, last_id: str = ">") -> Steps[list[Entry]]:
+        """Return up to `count` entries that no consumer of the group has had (">"), or one's own pending ones after an
+        entry id. With `block` (ms; 0: no end) wait for a new one. Raises ValueError without a group."""
+        return (yield from self._read_group(count, block, last_id))
+
+    @both
+    def acknowledge(self, entry_id: str) -> Steps[bool]:
+        """Take an entry off the group's pending list: it is done. False if it was not pending."""
+        return (yield from self._acknowledge(entry_id))
+
+    @both
+    def pending(self, count: int = 100) -> Steps[list[dict[str, Any]]]:
+        """Return the group's first `count` pending entries: {"id", "consumer", "idle_ms", "deliveries"} of each."""
+        self._check_group()
+        found = yield self.redis.xpending_range(self.name, self.group, "-", "+", count)
+        return [dict(zip(("id", "consumer", "idle_ms", "deliveries"), one.values(), strict=True)) for one in found]
+
+    @both
+    def claim_stale(self, min_idle_ms: int, count: int = 10) -> Steps[list[Entry]]:
+        """Take over up to `count` entries that have been pending for min_idle_ms, and return them (XAUTOCLAIM)."""
+        self._check_group()
+        entries, cursor = yield from self._claim(min_idle_ms, count, "0-0")
+        while len(entries) < count and cursor != "0-0":
+            more, cursor = yield from self._claim(min_idle_ms, count - len(entries), cursor)
+            entries += more
+        return entries
+
+    @both
+    def process_messages(self, handler: Handler, count: int = 10, block: int = 1000, burst: bool = False) -> Steps[int]:
+        """Call handler(data) for each message until stop() or Ctrl-C; return how many were acknowledged. Blocks.
+
+        First come the entries that this consumer left pending, then those that others left (XAUTOCLAIM, every half
+        stale_ms), then new ones, `count` at a time, for which it waits `block` ms. An entry is acknowledged when its
+        handler returns true. If it raises, or returns anything else, that is logged and the entry is delivered again
+        after stale_ms, to any consumer; after max_deliveries it goes to `<stream>:dead`. With `burst` it returns when
+        nothing is left to do. While Redis is away it waits. Raises ValueError without a group.
+        """
+        self._begin(handler)
+        done: int = yield self._process(handler, count, block, burst)
+        return done
 
     def stop(self) -> None:
         """Let process_messages() end: after the handler that runs now, or within a second."""
         self._stopped.set()
+
+    def _finish(self) -> Steps[None]:
+        self.stop()
+        if self._reader is not self.redis:  # as a test's double is, and None before the first use
+            yield self.close_one(self._reader)
+        yield from super()._finish()
 
     def _check_group(self) -> None:
         if not self.group:
@@ -77,43 +173,12 @@ class _Stream:
             raise TypeError(f"handler must be a function (a coroutine function: AsyncRedisStream), not {handler!r:.80}")
         self._stopped.clear()
         self._done = 0
+        now = time.monotonic()
+        self._resting = {entry_id: until for entry_id, until in self._resting.items() if until > now}
 
-    # How to wait, in one way or the other
-    def _connect(self) -> Any:
-        raise NotImplementedError
-
-    def _sleep(self, seconds: float) -> Any:
-        raise NotImplementedError
-
-    def _call(self, handler: Handler, data: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-    # -- the commands -------------------------------------------------------------------------------------------
-
-    def _add(self, data: dict[str, Any]) -> Steps[str]:
-        yield self._connect()
-        return str((yield self.redis.xadd(self.name, _fields(data), maxlen=self.maxlen)))
-
-    def _read(self, count: int, block: int | None, last_id: str) -> Steps[list[Entry]]:
-        yield self._connect()
-        if last_id == "$":
-            last_id = self._last_read or _newest((yield self._reader.xrevrange(self.name, count=1)))
-        self._last_read = last_id
-        for block_ms in _blocks(block):
-            if entries := _entries((yield self._reader.xread({self.name: last_id}, count=count, block=block_ms))):
-                self._last_read = entries[-1]["id"]
-                return entries
-        return []
-
-    def _set_group(self, group: str, consumer: str, start_id: str) -> Steps[bool]:
-        if not group or not consumer:
-            raise ValueError("group and consumer need a name each")
-        yield self._connect()
-        if start_id == "$":  # subtle: made anew, the group must not leave out what came since
-            start_id = _newest((yield self._reader.xrevrange(self.name, count=1)))
-        created = yield from self._create_group(group, start_id)
-        self.group, self.consumer, self._start_id = group, consumer, start_id
-        return created
+    def _end(self) -> Steps[str]:
+        """Return the id of the stream's last entry."""
+        return next((str(entry_id) for entry_id, _ in (yield self._reader.xrevrange(self.name, count=1))), "0-0")
 
     def _create_group(self, group: str, start_id: str) -> Steps[bool]:
         try:
@@ -137,22 +202,6 @@ class _Stream:
         self._check_group()
         return bool((yield self.redis.xack(self.name, self.group, entry_id)))
 
-    def _pending(self, count: int) -> Steps[list[dict[str, Any]]]:
-        self._check_group()
-        names = ("message_id", "consumer", "time_since_delivered", "times_delivered")
-        found = yield self.redis.xpending_range(self.name, self.group, "-", "+", count)
-        return [
-            dict(zip(("id", "consumer", "idle_ms", "deliveries"), map(one.get, names), strict=True)) for one in found
-        ]
-
-    def _claim_stale(self, min_idle_ms: int, count: int) -> Steps[list[Entry]]:
-        self._check_group()
-        entries, cursor = yield from self._claim(min_idle_ms, count, "0-0")
-        while len(entries) < count and cursor != "0-0":
-            more, cursor = yield from self._claim(min_idle_ms, count - len(entries), cursor)
-            entries += more
-        return entries
-
     def _claim(self, min_idle_ms: int, count: int, cursor: str) -> Steps[tuple[list[Entry], str]]:
         reply = yield self._reader.xautoclaim(self.name, self.group, self.consumer, min_idle_ms, cursor, count)
         for entry_id in reply[2] if len(reply) > 2 else ():  # Redis has taken them off the pending list
@@ -164,16 +213,26 @@ class _Stream:
 
     # -- the worker's round -------------------------------------------------------------------------------------
 
-    def _process(self, handler: Handler, count: int, block: int, burst: bool) -> Steps[None]:
+    @both
+    def _process(self, handler: Handler, count: int, block: int, burst: bool) -> Steps[int]:
+        ended = self.new_event()
+        self._fresh = self.begin(self._stay_fresh(ended), f"fresh {self.name}")
+        try:
+            with contextlib.suppress(KeyboardInterrupt):  # the usual way to end a worker; its entry stays pending
+                yield from self._work(handler, count, block, burst)
+        finally:
+            ended.set()
+            self._held.clear()
+        return self._done
+
+    def _work(self, handler: Handler, count: int, block: int, burst: bool) -> Steps[None]:
         away = group_gone = False
         block_ms = None if burst else next(_blocks(block or 0))  # one command's; the loop makes up the rest
-        place = _Place(self.stale_ms)
+        place = _Place()
         while not self._stopped.is_set():
             try:
-                if away:
-                    yield self.redis.exists(
-                        self.name
-                    )  # subtle: its connection may be dead; not an XACK should find out
+                if away:  # subtle: the connection may be dead; not an XACK should find out
+                    yield self.redis.exists(self.name)
                 if group_gone:
                     yield from self._create_group(self.group, self._start_id)
                 group_gone = False
@@ -185,7 +244,7 @@ class _Stream:
                     logger.warning("stream %s: Redis is back", self.name)
                 away = False
             except REDIS_ERRORS as error:
-                place = _Place(self.stale_ms)  # subtle: a lost reply left its entries pending, and not handled
+                place = _Place()  # subtle: a lost reply left its entries pending, and not handled
                 self._held.clear()
                 if str(error).startswith("NOGROUP"):
                     logger.warning("stream %s: group %s is gone; creating it again", self.name, self.group)
@@ -196,7 +255,7 @@ class _Stream:
                 if not away and not self._stopped.is_set():  # close() has cut it
                     logger.warning("stream %s: Redis does not serve (%s); waiting", self.name, reason_of(error))
                 away = True
-                yield self._sleep(BACK_OFF_SECONDS)
+                yield self.sleep(BACK_OFF_SECONDS)
 
     def _next(self, place: "_Place", count: int, block: int | None) -> Steps[tuple[list[Entry], int]]:
         """Return the next entries, and how often they have been delivered.
@@ -204,34 +263,29 @@ class _Stream:
         subtle: what is delivered again comes one by one. If it kills its consumer, the others of its batch must not be
         counted as tried.
         """
-        if place.own is not None:
-            yield from self._find_own(place)
-        while place.todo:
-            if entry := (yield from self._take_own(place.todo.popleft())):
-                return [entry], (yield from self._deliveries(entry["id"]))
+        while place.own:
+            if taken := (yield from self._take_own(place)):
+                return taken
         while time.monotonic() >= place.claim_at:
-            entries, cursor = yield from self._claim(self.stale_ms, 1, place.cursor)
-            place.move(cursor)
+            entries, place.cursor = yield from self._claim(self.stale_ms, 1, place.cursor)
+            if place.cursor == "0-0":  # it has seen all pending entries
+                place.claim_at = time.monotonic() + self.stale_ms / 2000
             if entries:
                 return entries, (yield from self._deliveries(entries[0]["id"]))
         if self.max_deliveries == 1:
-            count = 1  # the rest of a batch, delivered once and not tried, would be buried where its consumer ends
+            count = 1  # the rest of a batch, delivered once and not tried, would be buried if its consumer ended
         return (yield from self._read_group(count, block, ">")), 1
 
-    def _find_own(self, place: "_Place") -> Steps[None]:
-        """Note which entries are pending for this consumer, except those that it has just failed on: they rest."""
-        now = time.monotonic()
-        self._resting = {entry_id: until for entry_id, until in self._resting.items() if until > now}
-        while place.own is not None:
-            found = yield self.redis.xpending_range(self.name, self.group, place.own, "+", PAGE, self.consumer)
-            place.todo.extend(one["message_id"] for one in found if one["message_id"] not in self._resting)
-            place.own = f"({found[-1]['message_id']}" if len(found) == PAGE else None
-
-    def _take_own(self, entry_id: str) -> Steps[Entry | None]:
-        """Deliver one of this consumer's own pending entries to it again (XCLAIM); None where it was trimmed."""
-        entries = yield self._reader.xclaim(self.name, self.group, self.consumer, 0, [entry_id])
-        if entries := _entries([(self.name, [one for one in entries if one])]):
-            return entries[0]
+    def _take_own(self, place: "_Place") -> Steps[tuple[list[Entry], int] | None]:
+        """Deliver the next of this consumer's own pending entries to it again, except if it has just failed on it."""
+        found = yield self.redis.xpending_range(self.name, self.group, place.own, "+", 1, self.consumer)
+        place.own = f"({found[0]['message_id']}" if found else ""
+        if not found or self._resting.get(found[0]["message_id"], 0) > time.monotonic():
+            return None
+        entry_id = found[0]["message_id"]
+        claimed = yield self._reader.xclaim(self.name, self.group, self.consumer, 0, [entry_id])
+        if entries := _entries([(self.name, [one for one in claimed if one])]):
+            return entries, found[0]["times_delivered"] + 1
         self._warn_trimmed(entry_id)
         return None
 
@@ -243,32 +297,35 @@ class _Stream:
         """Handle entries one after the other, and acknowledge them."""
         since = time.monotonic()
         for entry in batch:
-            self._held = {entry["id"]}  # subtle: not the whole batch: while one takes long, others may have the rest
+            entry_id = entry["id"]
+            self._held = {entry_id}  # subtle: not the whole batch: while one takes long, others may have the rest
             if time.monotonic() - since > self.stale_ms / 3000:  # perhaps they have
                 yield from self._keep_fresh()
-            if self._stopped.is_set() or entry["id"] not in self._held:
+            if self._stopped.is_set() or entry_id not in self._held:
                 continue  # it stays pending, or it is another's now
-            if entry["data"] is None:
-                self._warn_trimmed(entry["id"])
-            elif entry["id"] in self._unacknowledged:
-                pass  # it was handled, but Redis went away before it heard of that
-            elif tried > self.max_deliveries:
-                yield from self._bury(entry, tried - 1, "its consumers ended without acknowledging it")
-            elif (error := (yield from self._try(handler, entry))) is not None:
-                if tried < self.max_deliveries:
-                    self._resting[entry["id"]] = time.monotonic() + self.stale_ms / 1000
+            if entry_id not in self._untold:  # else it was handled, but Redis went away before it heard of that
+                error = yield from self._try(handler, entry, tried)
+                if error and tried < self.max_deliveries:
+                    self._resting[entry_id] = time.monotonic() + self.stale_ms / 1000
                     self._held.clear()
                     continue  # it stays pending, and becomes stale
-                yield from self._bury(entry, tried, error)
-            self._unacknowledged.add(entry["id"])
-            self._done += yield from self._acknowledge(entry["id"])
-            self._unacknowledged.discard(entry["id"])
+                self._untold[entry_id] = (tried - (tried > self.max_deliveries), error) if error else None
+            if failure := self._untold[entry_id]:
+                yield from self._bury(entry, *failure)
+                self._untold[entry_id] = None
+            self._done += yield from self._acknowledge(entry_id)
+            del self._untold[entry_id]
             self._held.clear()
 
-    def _try(self, handler: Handler, entry: Entry) -> Steps[str | None]:
-        """Call the handler; return None where the entry is done, else why not."""
+    def _try(self, handler: Handler, entry: Entry, tried: int) -> Steps[str | None]:
+        """Call the handler; return None if the entry is done, else why not."""
+        if entry["data"] is None:
+            self._warn_trimmed(entry["id"])
+            return None
+        if tried > self.max_deliveries:
+            return "its consumers ended without acknowledging it"
         try:
-            if (yield self._call(handler, entry["data"])):
+            if (yield self.call(handler, entry["data"])):
                 return None
         except Exception as error:
             logger.exception("stream %s: the handler failed on entry %s", self.name, entry["id"])
@@ -278,14 +335,15 @@ class _Stream:
 
     def _bury(self, entry: Entry, tried: int, error: str) -> Steps[None]:
         """Add an entry to <stream>:dead. Killed before it is acknowledged too, it will be there twice."""
-        # subtle: Redis may refuse it (full memory); the next try must not lose the error to a later delivery
-        tried, error = self._unburied.setdefault(entry["id"], (tried, error))
         # subtle: as it was added; the handler may have changed what it was given
         added = _entries([(self.name, (yield self._reader.xrange(self.name, entry["id"], entry["id"])))]) or [entry]
         letter = {"id": entry["id"], "error": error, "deliveries": tried, "data": added[0]["data"]}
         yield self.redis.xadd(f"{self.name}:dead", _fields(letter), maxlen=self.maxlen)
-        del self._unburied[entry["id"]]
         logger.error("stream %s: entry %s is given up after %d deliveries: %s", self.name, entry["id"], tried, error)
+
+    def _stay_fresh(self, ended: Any) -> Steps[None]:
+        while not (yield self.wait_for(ended, self.stale_ms / 3000)):
+            yield from self._keep_fresh()
 
     def _keep_fresh(self) -> Steps[None]:
         """Give a sign of life for the entry in hand; forget it if it went to another consumer."""
@@ -298,234 +356,44 @@ class _Stream:
             logger.debug("stream %s: no sign of life given: %s", self.name, error)
 
 
+@dataclass
 class _Place:
     """Where a worker is in its round: its own pending entries, then stale ones, then new ones."""
 
-    def __init__(self, stale_ms: int) -> None:
-        self.own: str | None = "-"  # from where on one's own pending entries are looked up; None: all were
-        self.todo: deque[str] = deque()  # those that were found
-        self.cursor = "0-0"  # of XAUTOCLAIM
-        self.claim_at = 0.0  # time.monotonic() when stale entries are looked for again
-        self._pause = stale_ms / 2000
-
-    def move(self, cursor: str) -> None:
-        self.cursor = cursor
-        if cursor == "0-0":  # it has seen all pending entries
-            self.claim_at = time.monotonic() + self._pause
+    own: str = "-"  # from where on its own pending entries are looked up; "": it had all
+    cursor: str = "0-0"  # of XAUTOCLAIM
+    claim_at: float = 0.0  # time.monotonic() when stale entries are looked for again
 
 
-class RedisStream(_Stream):
+class RedisStream(_Stream, OnThreads):
     """A stream, and with create_consumer_group() a consumer of it. One object for one thread that reads.
 
     maxlen: entries kept, approximately (None: all). max_deliveries: how often an entry is tried before it goes to
     `<stream>:dead`, with its error. stale_ms: after how long without a sign of life another consumer may have the
     entry; process_messages() gives such signs while a handler runs. RedisUnavailable is raised while Redis is away,
-    except by process_messages(), which waits for it.
+    except by process_messages(), which waits for it. close() stops it, and closes the connections of its own.
     """
-
-    def __init__(
-        self,
-        stream_name: str,
-        redis_client: RedisClient | Client | None = None,
-        maxlen: int | None = 10_000,
-        max_deliveries: int = MAX_DELIVERIES,
-        stale_ms: int = STALE_MS,
-    ) -> None:
-        super().__init__(stream_name, maxlen, max_deliveries, stale_ms)
-        self._own = redis_client is None
-        self._use(client_of(redis_client))
-
-    def _connect(self) -> None:
-        """Do nothing: it is connected."""
-
-    def _sleep(self, seconds: float) -> None:
-        self._stopped.wait(seconds)
-
-    def _call(self, handler: Handler, data: dict[str, Any]) -> Any:
-        return handler(data)
-
-    @translated
-    def add(self, data: dict[str, Any]) -> str:
-        """Append a message: a dict with text keys and JSON values, not empty. Return its entry id. Never repeated."""
-        return run(self._add(data))
-
-    @translated
-    def read(self, count: int = 10, block: int | None = None, last_id: str = "$") -> list[Entry]:
-        """Return up to `count` entries after an entry id, without a group. With `block` (ms; 0: no end) wait for one.
-
-        "$" goes on where this object's last read() ended; the first time, where the stream ends then. So no entry is
-        missed between two calls.
-        """
-        return run(self._read(count, block, last_id))
-
-    @translated
-    def create_consumer_group(self, group: str, consumer: str, start_id: str = "0") -> bool:
-        """Read as this consumer of this group from now on; create the group if there is none: then return True.
-
-        A new group gets what stands after start_id: "0" everything, "$" only what is added from now on. A consumer that
-        comes back under its old name goes on with what it left pending.
-        """
-        return run(self._set_group(group, consumer, start_id))
-
-    @translated
-    def read_group(self, count: int = 10, block: int | None = None, last_id: str = ">") -> list[Entry]:
-        """Return up to `count` entries that no consumer of the group has had (">"), or one's own pending ones after an
-        entry id. With `block` (ms; 0: no end) wait for a new one. Raises ValueError without a group."""
-        return run(self._read_group(count, block, last_id))
-
-    @translated
-    def acknowledge(self, entry_id: str) -> bool:
-        """Take an entry off the group's pending list: it is done. False where it was not pending."""
-        return run(self._acknowledge(entry_id))
-
-    @translated
-    def pending(self, count: int = 100) -> list[dict[str, Any]]:
-        """Return the group's first `count` pending entries: {"id", "consumer", "idle_ms", "deliveries"} of each."""
-        return run(self._pending(count))
-
-    @translated
-    def claim_stale(self, min_idle_ms: int, count: int = 10) -> list[Entry]:
-        """Take over up to `count` entries that have been pending for min_idle_ms, and return them (XAUTOCLAIM)."""
-        return run(self._claim_stale(min_idle_ms, count))
-
-    @translated
-    def process_messages(self, handler: Handler, count: int = 10, block: int = 1000, burst: bool = False) -> int:
-        """Call handler(data) for each message until stop() or Ctrl-C; return how many were acknowledged. Blocks.
-
-        First come the entries that this consumer left pending, then those that others left (XAUTOCLAIM, every half
-        stale_ms), then new ones, `count` at a time, for which it waits `block` ms. An entry is acknowledged when its
-        handler returns true. If it raises, or returns anything else, that is logged and the entry is delivered again
-        after stale_ms, to any consumer; after max_deliveries it goes to `<stream>:dead`. With `burst` it returns when
-        nothing is to be had. While Redis is away it waits. Raises ValueError without a group.
-        """
-        self._begin(handler)
-        return self._work(handler, count, block, burst)
-
-    def close(self) -> None:
-        """Stop, and close the connections that are this object's own."""
-        self.stop()
-        self._reader.close()
-        if self._own:
-            self.redis.close()
 
     def process_in_thread(
         self, handler: Handler, count: int = 10, block: int = 1000, daemon: bool = True
     ) -> threading.Thread:
         """Run process_messages() in a new thread, which ends after stop()."""
         self._begin(handler)
-        thread = threading.Thread(target=self._work, args=(handler, count, block, False), daemon=daemon)
+        thread = threading.Thread(target=self._process, args=(handler, count, block, False), daemon=daemon)
         thread.start()
         return thread
 
-    def _work(self, handler: Handler, count: int, block: int, burst: bool) -> int:
-        ended = threading.Event()
 
-        def keep_fresh() -> None:
-            while not ended.wait(self.stale_ms / 3000):
-                run(self._keep_fresh())
+class AsyncRedisStream(_Stream, OnAsyncio):
+    """RedisStream for asyncio: await every method but stop(). A handler may be a function or a coroutine function.
 
-        threading.Thread(target=keep_fresh, daemon=True).start()
-        try:
-            run(self._process(handler, count, block, burst))
-        except KeyboardInterrupt:
-            pass  # the usual way to end a worker; what was in hand stays pending
-        finally:
-            ended.set()
-            self._held.clear()
-        return self._done
-
-
-class AsyncRedisStream(_Stream):
-    """RedisStream for asyncio. It connects on first use. A handler may be a function or a coroutine function.
-
-    A handler that blocks the event loop for longer than stale_ms loses its entries to others.
+    It connects on first use. A handler that blocks the event loop for longer than stale_ms loses its entries to others.
     """
-
-    def __init__(
-        self,
-        stream_name: str,
-        redis_client: AsyncRedisClient | Client | None = None,
-        maxlen: int | None = 10_000,
-        max_deliveries: int = MAX_DELIVERIES,
-        stale_ms: int = STALE_MS,
-    ) -> None:
-        super().__init__(stream_name, maxlen, max_deliveries, stale_ms)
-        self._own = redis_client is None
-        self._source = AsyncRedisClient() if redis_client is None else redis_client  # it connects once for all tasks
-        self.redis = None
-
-    async def _connect(self) -> None:
-        if self.redis is None:
-            redis = await async_client_of(self._source)
-            if self.redis is None:  # subtle: asked again, for another task may have come first
-                self._use(redis)
-
-    async def _sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
-    async def _call(self, handler: Handler, data: dict[str, Any]) -> Any:
-        result = handler(data)
-        return await result if inspect.isawaitable(result) else result
-
-    @translated
-    async def add(self, data: dict[str, Any]) -> str:
-        return await run_async(self._add(data))
-
-    @translated
-    async def read(self, count: int = 10, block: int | None = None, last_id: str = "$") -> list[Entry]:
-        return await run_async(self._read(count, block, last_id))
-
-    @translated
-    async def create_consumer_group(self, group: str, consumer: str, start_id: str = "0") -> bool:
-        return await run_async(self._set_group(group, consumer, start_id))
-
-    @translated
-    async def read_group(self, count: int = 10, block: int | None = None, last_id: str = ">") -> list[Entry]:
-        return await run_async(self._read_group(count, block, last_id))
-
-    @translated
-    async def acknowledge(self, entry_id: str) -> bool:
-        return await run_async(self._acknowledge(entry_id))
-
-    @translated
-    async def pending(self, count: int = 100) -> list[dict[str, Any]]:
-        return await run_async(self._pending(count))
-
-    @translated
-    async def claim_stale(self, min_idle_ms: int, count: int = 10) -> list[Entry]:
-        return await run_async(self._claim_stale(min_idle_ms, count))
-
-    @translated
-    async def process_messages(self, handler: Handler, count: int = 10, block: int = 1000, burst: bool = False) -> int:
-        """Call handler(data) for each message until stop(), or until the task is cancelled. See RedisStream."""
-        self._begin(handler)
-        return await self._work(handler, count, block, burst)
-
-    async def close(self) -> None:
-        self.stop()
-        if self.redis is not None:
-            await self._reader.aclose()
-        if self._own:
-            await self._source.close()
 
     def process_in_task(self, handler: Handler, count: int = 10, block: int = 1000) -> "asyncio.Task[int]":
         """Run process_messages() in a new task, which ends after stop()."""
         self._begin(handler)
-        return asyncio.create_task(self._work(handler, count, block, False))
-
-    async def _work(self, handler: Handler, count: int, block: int, burst: bool) -> int:
-        async def keep_fresh() -> None:
-            while True:
-                await asyncio.sleep(self.stale_ms / 3000)
-                await run_async(self._keep_fresh())
-
-        fresh = asyncio.create_task(keep_fresh())
-        try:
-            await run_async(self._process(handler, count, block, burst))
-        finally:
-            fresh.cancel()
-            self._held.clear()
-        return self._done
+        return asyncio.create_task(self._process(handler, count, block, False))
 
 
 def _fields(data: dict[str, Any]) -> dict[str, str]:
@@ -545,10 +413,6 @@ def _entries(reply: Any) -> list[Entry]:
         for _, entries in streams
         for entry_id, fields in entries
     ]
-
-
-def _newest(entries: Iterable[Any]) -> str:
-    return next((str(entry_id) for entry_id, _ in entries), "0-0")
 
 
 def _blocks(block: int | None) -> Iterator[int | None]:
