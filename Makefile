@@ -44,7 +44,7 @@ dashboard: .venv/ready  ## watch tasks in the browser
 	@$(BIN)/python dashboard.py
 
 screenshots: .venv/ready-dev  ## make the pictures that README.md shows (needs Chromium)
-	@$(BIN)/python tests/dashboard/screenshots.py
+	@$(BIN)/python tests/web/screenshots.py
 
 stop: .venv/ready  ## stop the embedded server (its data stay in .redis/)
 	@$(BIN)/python -m ailf.messaging.redis stop

@@ -18,9 +18,9 @@ import sys
 import uvicorn
 
 from ailf.messaging.redis import connect, connect_async
-from dashboard.app import make_app
 from task_streams import TaskQueue
 from task_streams.cli import run
+from web.app import make_app
 
 PATIENCE_SECONDS = 2.0  # how long a request waits for a Redis that is away
 SHUTDOWN_SECONDS = 4  # for the watchers' streams to close; the rest is cut off
@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
     """uvicorn's server; before it waits for connections to close, it ends the streams on them."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for watcher in list(self.config.app.state.hub.all_watchers()):  # type: ignore[union-attr]
+        for watcher in list(self.config.app.state.hub.all_watchers):  # type: ignore[union-attr]
             watcher.close()
         await super().shutdown(sockets)
 

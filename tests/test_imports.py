@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
-OURS = SCRIPTS | {"task_streams", "ailf", "dashboard", "agent_tools"}
+OURS = SCRIPTS | {"task_streams", "ailf", "web", "agent_tools"}
 ALLOWED_SCRIPTS = {
     "agent_consumer": {"agent", "mock_llm", "openai_llm"},
     "agent": {"conversation", "mock_llm"},
@@ -13,7 +13,6 @@ ALLOWED_SCRIPTS = {
     "openai_llm": {"mock_llm"},
     "mock_server": {"mock_llm"},
     "mock_llm": {"mock_server"},  # only for --serve
-    "dashboard": {"dashboard"},  # its package
 }
 
 

@@ -28,10 +28,10 @@ from conftest import DEADLINE_SECONDS, ROOT, Server, free_port, wait_until
 from history import History, Loss, Seen, Violation, check
 from redis.exceptions import RedisError
 
-from dashboard.sse import MAX_CURSOR_TASKS, split_cursors
 from task_streams import keys
 from task_streams.reader import order
 from tutorial.topologies import HOST, Cluster, Node, Sentinels
+from web.sse import MAX_CURSOR_TASKS, split_cursors
 
 pytestmark = pytest.mark.chaos
 

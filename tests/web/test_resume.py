@@ -17,8 +17,8 @@ from httpx_sse import connect_sse
 from streams import Stream, take
 from streams import finish as close
 
-from dashboard.sse import split_cursors
 from task_streams import LogReader, TaskQueue, keys
+from web.sse import split_cursors
 
 Start = Callable[..., "subprocess.Popen[str]"]
 SEED = 4  # of the places where connections are cut: the same in each run

@@ -7,11 +7,12 @@ from ag_ui.core import BaseEvent
 
 from task_streams import keys
 from task_streams.claims import check_id
-from task_streams.reader import check_cursor, order
 
 from .ag_ui import Mapper
-from .hub import Hub, Item
-from .problems import dumps
+from .hub import Hub
+from .models import cursor_of
+from .replies import dumps
+from .watcher import Item
 
 RETRY_MS = 1000  # how long a browser waits before it connects again
 PING_SECONDS = 15  # between two comments, so that proxies keep an idle connection
@@ -59,12 +60,12 @@ async def frames_of_task(hub: Hub, task_id: str, cursor: str) -> AsyncIterator[b
         yield frame_of(item) if isinstance(item, Item) else frame_of_redis(item)
 
 
-async def frames_of_ag_ui(hub: Hub, task_id: str, cursor: str) -> AsyncIterator[bytes]:
-    """Yield one task's events in the AG-UI protocol (dashboard/ag_ui.py), which needs those up to the cursor, too.
+async def frames_of_ag_ui(hub: Hub, task_id: str, cursor: str, mapper: Mapper | None = None) -> AsyncIterator[bytes]:
+    """Yield one task's events in the AG-UI protocol (web/ag_ui.py), which needs those up to the cursor, too.
 
-    One entry becomes several frames, and only the last has its id: whoever resumes gets an entry whole or not at all.
+    One entry becomes several frames, and only the last has its id: a client that resumes gets all of an entry or none.
     """
-    mapper = Mapper(task_id)
+    mapper = mapper or Mapper(task_id, task_id)
     async for event in hub.history(task_id, cursor):
         mapper.events(event)
     yield f"retry: {RETRY_MS}\n\n".encode() + _ag_ui(mapper.prelude(), None)
@@ -146,11 +147,3 @@ def split_cursors(text: str) -> tuple[dict[str, str], int | None]:
         raise ValueError(f"an event id of more than {MAX_CURSOR_TASKS} tasks")
     pairs = [part.rpartition("=") for part in parts]
     return {check_id(task_id): cursor_of(cursor) for task_id, _, cursor in pairs}, position
-
-
-def cursor_of(text: str) -> str:
-    """Return an entry id as Redis writes it, and "$" as it is. Raises ValueError. cursor_of("017") -> '17-0'"""
-    if check_cursor(text) == "$":
-        return text
-    ms, seq = order(text)
-    return f"{ms}-{seq}"

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Server
 from dash import Dashboard, assert_problem, dashboard, status_of, valkey_server
 
-from dashboard import security
+from web import security
 
 TOKEN = "correct horse"
 PROTECTED = ["/api/tasks", "/api/tasks/7", "/api/tasks/7/events", "/api/events", "/api/samples", "/api/session"]
@@ -387,7 +387,7 @@ def test_every_answer_has_the_headers(open_board: Dashboard, board: Dashboard) -
 def test_pages_need_nothing_that_the_policy_forbids(open_board: Dashboard) -> None:
     """No page has a script or a style within, or loads from elsewhere."""
     for page in ("index.html", "task.html", "login.html"):
-        text = (ROOT / "dashboard" / "static" / page).read_text()
+        text = (ROOT / "web" / "static" / page).read_text()
         assert "style=" not in text and "<style" not in text and " on" + "click=" not in text and "://" not in text
         assert text.count("<script") == text.count('<script type="module" src="/static/')
 
@@ -409,12 +409,12 @@ def test_pages_need_nothing_that_the_policy_forbids(open_board: Dashboard) -> No
         "/static/....//app.py",
         "/static/" + "x" * 5000,
         "/../app.py",
-        "/tasks/../../dashboard/app.py",
+        "/tasks/../../web/app.py",
         "http://evil.example/static/../app.py",
     ],
 )
 def test_static_files_are_only_those(open_board: Dashboard, path: str) -> None:
-    """No path leads out of dashboard/static/."""
+    """No path leads out of web/static/."""
     answer = open_board.ask(f"GET {path}")
     assert status_of(answer) == 404 and b"application/problem+json" in answer
 

@@ -1,6 +1,6 @@
 """Make the two pictures that README.md shows: the list of tasks, and a task in the middle of its work.
 
-Usage:   python tests/dashboard/screenshots.py [DIRECTORY]      (docs/)
+Usage:   python tests/web/screenshots.py [DIRECTORY]      (docs/)
 Needs:   playwright, /usr/bin/chromium; starts a Redis server, a dashboard and real agents of its own
 See:     make screenshots
 """

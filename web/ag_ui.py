@@ -3,18 +3,21 @@
 A task is one thread with one run, however many attempts it takes:
     started                        RUN_STARTED and STATE_SNAPSHOT the first time, and each time CUSTOM (attempt, worker)
     processing, chain_of_thought   STEP_FINISHED of the step before, STEP_STARTED, and REASONING_* around the thought
-    llm_delta, llm_response        TEXT_MESSAGE_START, _CONTENT …, TEXT_MESSAGE_END
+    llm_delta, llm_response        TEXT_MESSAGE_START, _CONTENT …, TEXT_MESSAGE_END; its tokens add to the run's usage
     tool_usage                     TOOL_CALL_START, _ARGS, _END; when it returns TOOL_CALL_RESULT
     progress                       STATE_DELTA of {"percent", "step"}
-    completed                      RUN_FINISHED; failed and cancelled: RUN_ERROR, with that name as its code
-    all others                     CUSTOM, with the entry's name (`message` where that is the server's) and fields
+    completed                      RUN_FINISHED
+    cancelled                      RUN_FINISHED with the outcome `cancelled`, and the reason in its metadata
+    failed                         RUN_ERROR
+    all others                     CUSTOM, with the entry's name (`message` if it is one of the server's) and fields
 
-The server's own words are CUSTOM, too: gap and reset (see docs/events.md), and redis, when that went or came.
+What the server itself says is CUSTOM, too: gap and reset (see docs/events.md), and redis, when that went or came.
 
 The rules are those of `verifyEvents` in the npm package @ag-ui/client. No entry may break them: a worker can be killed
-anywhere, a gap can hide any entry, and a handler may log what it likes.
+at any point, a gap can hide any entry, and a handler may log whatever it likes.
 """
 
+import hashlib
 from typing import Any
 
 from ag_ui import core
@@ -23,9 +26,28 @@ from pydantic_core import to_json as pydantic_json
 from ailf.messaging.redis import to_json
 from task_streams import Event
 
+MOST_TOKENS = 2**53 - 1  # the largest number that JSON is sure to keep
 FIRST_STATE = {"percent": 0, "step": ""}  # of each attempt
+CHAT = "chat"  # the type of a task whose input does not name one
 NOTICES = ("gap", "reset", "redis")  # what the server says itself
 NO_RESULT = "no result was seen: the attempt ended first, or the entry was trimmed away"
+
+
+def task_of(run: core.RunAgentInput) -> tuple[str, dict[str, Any]]:
+    """Return the id and the data of the task for a run: the same id for the same threadId and runId.
+
+    `forwardedProps` may be a task, {"type", "payload"}. Otherwise the type is "chat", and the payload is the input:
+    messages, state, context and tools.
+    """
+    names = f"{len(run.thread_id)} {run.thread_id} {run.run_id}"
+    digest = hashlib.sha256(names.encode()).hexdigest()  # UnicodeError, a ValueError, for what no answer could say
+    props = run.forwarded_props
+    if isinstance(props, dict) and isinstance(props.get("type"), str) and props["type"]:
+        data = {"type": props["type"], "payload": props.get("payload", {})}
+    else:
+        told = run.model_dump(mode="json", by_alias=True, include={"messages", "state", "context", "tools"})
+        data = {"type": CHAT, "payload": told}
+    return f"run-{digest[:32]}", data
 
 
 class Mapper:
@@ -35,8 +57,9 @@ class Mapper:
     made of entry ids and call ids: the same entry gives the same events, whoever asks and however often.
     """
 
-    def __init__(self, task_id: str) -> None:
-        self.task_id = task_id
+    def __init__(self, thread_id: str, run_id: str) -> None:
+        self.thread_id, self.run_id = thread_id, run_id
+        self.usage: dict[str, tuple[int, int]] = {}  # model -> tokens that its calls read, and wrote
         self.run: core.RunStartedEvent | None = None
         self.state: dict[str, Any] = FIRST_STATE
         self.step: core.StepStartedEvent | None = None
@@ -47,8 +70,10 @@ class Mapper:
     def events(self, entry: Event, is_notice: bool = False) -> list[core.BaseEvent]:
         """Return an entry's events; none for an empty delta. `is_notice`: a `gap` or `reset` that no entry says."""
         opening: list[core.BaseEvent] = []
-        if self.run is None:  # at any first entry: `cancelled` comes first where a task was still waiting
-            self.run, self.state = core.RunStartedEvent(thread_id=self.task_id, run_id=self.task_id), FIRST_STATE
+        if self.run is None:  # at any first entry: it is `cancelled` if a task was still waiting
+            version = core.PROTOCOL_VERSION
+            self.run = core.RunStartedEvent(thread_id=self.thread_id, run_id=self.run_id, protocol_version=version)
+            self.state = FIRST_STATE
             opening = [self.run, core.StateSnapshotEvent(snapshot=self.state)]
         events = [*opening, *(self._take_notice(entry) if is_notice else self._translate(entry))]
         if not is_notice:  # whose id is the reader's cursor, not a time
@@ -78,7 +103,8 @@ class Mapper:
         custom = core.CustomEvent(name=notice.name, value=_value(notice.fields))
         if notice.name == "gap":  # what was missed may be the end of a message, and a result may still come
             return [*self._end_step(), custom]
-        # reset: all is told anew, so what clients have must go, or the same words would be appended to it
+        # reset: the story is told again from its start. What clients have must go, or it would be told twice.
+        self.usage = {}
         return [*self._end_attempt(notice), custom, core.MessagesSnapshotEvent(messages=[])]
 
     def _translate(self, entry: Event) -> list[core.BaseEvent]:
@@ -93,6 +119,7 @@ class Mapper:
             case "llm_delta":
                 return self._say(entry, _text(fields.get("text")))
             case "llm_response":
+                self._count_tokens(entry)
                 whole = [] if self.message else self._say(entry, _text(fields.get("response")))
                 return [*whole, *self._end_message()]
             case "tool_usage" if fields.get("status") in ("started", "completed", "failed"):
@@ -104,12 +131,15 @@ class Mapper:
             case "error" | "worker_lost":
                 return [*self._end_attempt(entry), _custom(entry)]
             case "completed":
-                result = _value(fields.get("result"))
-                end = core.RunFinishedEvent(thread_id=self.task_id, run_id=self.task_id, result=result)
-                return self._end_run(entry, end)
-            case "failed" | "cancelled":
-                message = _text(fields.get("error" if entry.name == "failed" else "reason"))
-                return self._end_run(entry, core.RunErrorEvent(message=message or entry.name, code=entry.name))
+                return self._end_run(entry, self._finished(result=_value(fields.get("result"))))
+            case "cancelled":
+                outcome = core.RunFinishedCancelledOutcome()
+                return self._end_run(
+                    entry, self._finished(outcome=outcome, metadata={"reason": _text(fields.get("reason"))})
+                )
+            case "failed":
+                message = _text(fields.get("error")) or entry.name
+                return self._end_run(entry, core.RunErrorEvent(message=message, code=entry.name, usage=self._usage()))
             case _:
                 return [_custom(entry)]
 
@@ -157,6 +187,25 @@ class Mapper:
         message_id = f"{entry.id}:{call_id}"  # one entry may answer several calls
         return core.ToolCallResultEvent(message_id=message_id, tool_call_id=call_id, content=content, metadata=metadata)
 
+    # -- usage --------------------------------------------------------------------------------------------------
+
+    def _count_tokens(self, entry: Event) -> None:
+        used, model = entry.fields.get("usage"), _text(entry.fields.get("model"))
+        if isinstance(used, dict):
+            counts = (used.get(name) for name in ("input", "output"))
+            new = [count if isinstance(count, int) and count > 0 else 0 for count in counts]
+            before = self.usage.get(model, (0, 0))
+            self.usage[model] = min(before[0] + new[0], MOST_TOKENS), min(before[1] + new[1], MOST_TOKENS)
+
+    def _usage(self) -> list[core.TokenUsage] | None:
+        """Return the tokens of all attempts, by model; None if no call told."""
+        found = [core.TokenUsage(model=model, input_tokens=read, output_tokens=written)
+                 for model, (read, written) in self.usage.items()]  # fmt: skip
+        return found or None
+
+    def _finished(self, **more: Any) -> core.BaseEvent:
+        return core.RunFinishedEvent(thread_id=self.thread_id, run_id=self.run_id, usage=self._usage(), **more)
+
     # -- closing ------------------------------------------------------------------------------------------------
 
     def _end_message(self) -> list[core.BaseEvent]:
@@ -174,7 +223,7 @@ class Mapper:
         return [*unanswered, *self._end_step()]
 
     def _end_run(self, entry: Event, end: core.BaseEvent) -> list[core.BaseEvent]:
-        self.run = None
+        self.run, self.usage = None, {}
         return [*self._end_attempt(entry), end]
 
 

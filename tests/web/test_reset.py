@@ -18,9 +18,10 @@ from httpx_sse import connect_sse
 from streams import Stream, take
 
 from ailf.messaging.redis import blocking_client, connect_async
-from dashboard.hub import Hub, Item
 from task_streams import TaskQueue, keys
 from task_streams.reader import BLOCK_SECONDS, follow
+from web.hub import Hub
+from web.watcher import Item
 
 SECONDS = 60  # for a machine ten times slower
 STREAM = keys.stream("t")

@@ -1,4 +1,4 @@
-"""The dashboard's HTTP interface, on the real program and a real server. What it promises: dashboard/openapi.json."""
+"""The dashboard's HTTP interface, on the real program and a real server. What it promises: /openapi.json."""
 
 import json
 import re
@@ -24,12 +24,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from streams import Stream, finish, release, take
 
 from ailf.messaging.redis import connect_async
-from dashboard import sse
-from dashboard.app import make_app
-from dashboard.metrics import LAG_BUCKETS
-from dashboard.tasks import Tasks
 from task_streams import Task, TaskQueue, keys
 from task_streams.queue import MAX_DEPTH
+from web import sse
+from web.app import make_app
+from web.metrics import LAG_BUCKETS
+from web.tasks import Tasks
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_list_finds_ids_by_prefix(http: httpx.Client, queue: TaskQueue) -> None:
 
 def test_list_counts_tasks_and_the_queue(http: httpx.Client, queue: TaskQueue) -> None:
     """The counts follow what happens; queue_length is the list's."""
-    before = Tasks(queue).page(None, "", None, 1)["counts"]  # not asked by http: that list may be half a second old
+    before = Tasks(queue).page(None, "", None, 1).counts  # not asked by http: that list may be half a second old
     ended(queue)
     ended(queue, "failed", "why")
     claimed(queue)

@@ -1,6 +1,6 @@
 """What the pages and the API say about tasks: lists, single tasks, workers; and what they ask for: put, cancel, retry.
 
-Plain blocking code on TaskQueue, which dashboard/app.py calls in threads. A list needs the status of the last 10,000
+Plain blocking code on TaskQueue, which web/api.py calls in threads. A list needs the status of the last 10,000
 tasks; it is read at most every half second, whoever asks.
 """
 
@@ -16,6 +16,9 @@ from task_streams import LogReader, NoSuchTask, TaskQueue, keys
 from task_streams.claims import Malformed, parse_element
 from task_streams.consuming import WORKER_NAME
 
+from .models import ListedTask, Page, WholeTask, Worker
+from .replies import Conflict
+
 SNAPSHOT_SECONDS = 0.5  # how old a list may be
 LISTED = 200  # of the next elements, whose place in the queue is told
 MOST_RUNNING = 1_000  # running tasks whose worker is looked up
@@ -26,6 +29,7 @@ STATES = {
     "done": ("completed", "cancelled"),
     "failed": ("failed",),
 }
+STATUSES = tuple(status for group in STATES.values() for status in group)
 SAMPLES = Path(__file__).resolve().parents[1] / "sample_data"
 
 
@@ -35,10 +39,6 @@ BEGINNING_CHARS = 300
 MOST_BEGINNINGS = 10_000  # remembered, so that large data is read once and not with each list
 
 T = TypeVar("T")
-
-
-class Conflict(Exception):
-    """The task is not in a state in which that can be done; the message says why."""
 
 
 class Tasks:
@@ -72,10 +72,10 @@ class Tasks:
         found = self._records([task_id for task_id, _ in recent], "status")
         return {task_id: record["status"] for task_id, record in found.items() if record["status"]}
 
-    def page(self, state: str | None, query: str, before: str | None, limit: int) -> dict[str, Any]:
+    def page(self, state: str | None, query: str, before: str | None, limit: int) -> Page:
         """Return one page of the list, the newest first, with counts and workers. Raises NoSuchTask for `before`."""
         statuses = self.statuses()
-        wanted = STATES[state] if state else tuple(status for group in STATES.values() for status in group)
+        wanted = STATES[state] if state else STATUSES
         ids = [task_id for task_id, status in statuses.items() if status in wanted and task_id.startswith(query)]
         if before is not None:
             order = list(statuses)
@@ -88,35 +88,33 @@ class Tasks:
         records = {task_id: record for task_id, record in self._records(shown, *IN_LISTS).items() if record["status"]}
         data = self._listed_data(records)
         running = [task_id for task_id, status in statuses.items() if status == "running"][:MOST_RUNNING]
-        return {
-            "tasks": [
-                {**self._describe(task_id, record | data[task_id][0], listed), **data[task_id][1]}
-                for task_id, record in records.items()
-            ],
-            "next": shown[-1] if len(ids) > limit else None,
-            "counts": {name: sum(status in group for status in statuses.values()) for name, group in STATES.items()},
-            "queue_length": self.queue.redis.llen(keys.QUEUE),
-            "workers": self.workers(running),
-        }
+        return Page(
+            tasks=[ListedTask(**self._describe(one, record | data[one][0], listed) | data[one][1])
+                   for one, record in records.items()],
+            next=shown[-1] if len(ids) > limit else None,
+            counts={name: sum(status in group for status in statuses.values()) for name, group in STATES.items()},
+            queue_length=self.queue.redis.llen(keys.QUEUE),
+            workers=self.workers(running),
+        )  # fmt: skip
 
-    def get(self, task_id: str) -> dict[str, Any]:
+    def get(self, task_id: str) -> WholeTask:
         """Return all that is known of one task, its result too. Raises NoSuchTask."""
         record = self.queue.redis.hgetall(keys.record(task_id))
-        if "status" not in record:
-            if self.queue.is_listed(task_id):  # pushed by hand, and not claimed yet
-                return {**self._describe(task_id, {"status": "waiting"}, self._listed()), "result": None}
-            raise NoSuchTask(task_id)
+        if record.get("status") not in STATUSES:
+            if not self.queue.is_listed(task_id):
+                raise NoSuchTask(task_id)
+            record = {"status": "waiting"}  # pushed by hand, and not claimed yet
         task = self._describe(task_id, record, self._listed() if record["status"] == "waiting" else {})
-        return {**task, "result": _decoded(record).get("result")}
+        return WholeTask(**task, result=_decoded(record).get("result"))
 
-    def workers(self, running: list[str]) -> list[dict[str, Any]]:
+    def workers(self, running: list[str]) -> list[Worker]:
         """Return the workers that are connected, by their connections' names, and what each works on."""
         clients = self.queue.redis.client_list()
         names = {one["name"].removeprefix(WORKER_NAME) for one in clients if one["name"].startswith(WORKER_NAME)}
         tasks: dict[str, list[str]] = {name: [] for name in sorted(names)}
         for task_id, record in self._records(running, "worker").items():
             tasks.setdefault(record["worker"] or "?", []).append(task_id)
-        return [{"name": name, "alive": name in names, "tasks": ids} for name, ids in tasks.items()]
+        return [Worker(name=name, alive=name in names, tasks=ids) for name, ids in tasks.items()]
 
     def _records(self, ids: list[str], *fields: str) -> dict[str, dict[str, Any]]:
         """Return some fields of the records of tasks, in one round trip; None for what a record has not."""
@@ -197,7 +195,7 @@ class Tasks:
 
     # -- asking -------------------------------------------------------------------------------------------------
 
-    def put(self, data: dict[str, Any], key: str | None) -> tuple[dict[str, Any], bool]:
+    def put(self, data: dict[str, Any], key: str | None) -> tuple[WholeTask, bool]:
         """Put a task; return it, and whether it is new. The same idempotency key gives the same task, and is new once,
         however many ask at once; Conflict if that was put with other data. Raises ValueError and TypeError as put()."""
         if key is None:
@@ -207,6 +205,10 @@ class Tasks:
         if task.data != data:
             raise Conflict("that Idempotency-Key was used for another task")
         return self.get(task_id), task.is_new
+
+    def put_run(self, task_id: str, data: dict[str, Any]) -> bool:
+        """Put a task under an id of its own, and return whether it is new. Raises ValueError and TypeError as put()."""
+        return self._after(self.queue.put(data, task_id)).is_new
 
     def cancel(self, task_id: str, reason: str) -> str:
         """Return "cancelled" or "requested". Raises NoSuchTask; Conflict where the task has ended."""
@@ -218,7 +220,7 @@ class Tasks:
             self._refuse_unclaimed(task_id)
             raise
 
-    def retry(self, task_id: str) -> dict[str, Any]:
+    def retry(self, task_id: str) -> WholeTask:
         """Put a failed task again, and return the new one. Raises NoSuchTask; Conflict where it has not failed."""
         try:
             return self.get(self._after(self.queue.requeue(task_id)).id)

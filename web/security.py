@@ -5,9 +5,10 @@ Host      only names that the server was told: a page of somebody else cannot re
 Origin    a write must come from the dashboard's own pages, or from no page at all (curl)
 token     with $DASHBOARD_TOKEN: `Authorization: Bearer …`, or the cookie that /login gives; in constant time. After
           MOST_FAILURES wrong tokens a minute no token of that address is looked at
-size      request bodies over MAX_BODY_BYTES are refused before they are read
+size      request bodies over MAX_BODY_BYTES are refused before they are read; FastAPI counts those without a length
 """
 
+import contextlib
 import hashlib
 import hmac
 import math
@@ -19,7 +20,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .problems import Json, problem
+from .replies import Json, problem
 
 MAX_BODY_BYTES = 1_100_000  # a task may have 1,000,000
 MOST_FAILURES = 20  # wrong tokens of one address
@@ -36,10 +37,6 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-
-
-class TooLarge(Exception):
-    """The request's body is over MAX_BODY_BYTES."""
 
 
 def session_of(token: str) -> str:
@@ -101,12 +98,8 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, _with_headers(send))
             return
-        try:
-            await self.app(scope, _limited(receive), _with_headers(send))
-        except ClientDisconnect:  # in the middle of a request's body: nobody waits for an answer
-            pass
-        except TooLarge:
-            await problem(413, f"the body is over {MAX_BODY_BYTES:,} bytes")(scope, receive, _with_headers(send))
+        with contextlib.suppress(ClientDisconnect):  # in the middle of a request's body: nobody waits for an answer
+            await self.app(scope, receive, _with_headers(send))
 
     def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
         host = headers.get("host", "")
@@ -156,20 +149,6 @@ def _hostname(host: str) -> str:
     """Return a Host header's name, without its port. _hostname("[::1]:8000") -> '[::1]'"""
     name, colon, port = host.rpartition(":")
     return (name if colon and port.isdecimal() else host).lower()
-
-
-def _limited(receive: Receive) -> Receive:
-    size = 0
-
-    async def call() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY_BYTES:  # sent in chunks, without a Content-Length
-            raise TooLarge
-        return message
-
-    return call
 
 
 def _with_headers(send: Send) -> Send:

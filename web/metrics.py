@@ -74,7 +74,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         watchers = Gauge("dashboard_watchers", "Connections that watch tasks", registry=self.registry)
-        watchers.set_function(lambda: len(hub.all_watchers()))
+        watchers.set_function(lambda: len(hub.all_watchers))
         streams = Gauge("dashboard_streams", "Streams that somebody watches", registry=self.registry)
         streams.set_function(lambda: len(hub.watchers))
         hub.on_event = self.observe
