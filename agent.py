@@ -15,17 +15,15 @@ from typing import Any, Protocol
 from agent_tools import ToolError, Tools, ToolUnavailable
 from agent_tools.schema import call_tool, schema
 from ailf.messaging.redis import AsyncRedisRateLimiter, RedisUnavailable, to_json
-from conversation import SYSTEM, as_message, as_result, check_task, clip, problem_of
+from conversation import DECLINED, SYSTEM, as_message, as_result, check_task, clip, give_up, problem_of
 from mock_llm import LLMError, Message, Piece, ToolCall, Usage
 from task_streams import NothingHappened, PermanentFailure, Task, TaskLog
 
 MAX_STEPS = 8  # questions to the LLM about one task: an agent that runs in circles is stopped
-MAX_SHOWN_CHARS = 2_000  # of a tool's arguments in the question whether to run it
+MAX_SHOWN_CHARS = 10_000  # of a tool's arguments in the question whether to run it
 LONGEST_WAIT_SECONDS = 5.0  # before it asks again whether it may call the LLM: the count may be lost
 POLL_SECONDS = 0.5  # between two looks whether Redis is back, for an agent that waits for its turn
 DELTA_SECONDS = 0.06  # between two llm_delta entries: words still seem to flow, in fewer than 20 entries a second
-
-DECLINED = "a person said no: do not call it again"
 
 Judge = Callable[[str, list[ToolCall]], str]  # why a reply is unusable; "" if it is fine
 
@@ -40,11 +38,6 @@ class LLM(Protocol):
 
 class NotReached(ToolUnavailable, NothingHappened):
     """What the tool uses was away before anything had happened: it may run again."""
-
-
-def give_up(reason: str) -> Any:
-    """End the task as failed, because the errors leave no way on."""
-    raise PermanentFailure(reason)
 
 
 @dataclass(frozen=True)
@@ -161,10 +154,8 @@ class Agent:
         if tool is give_up:
             give_up(**call.arguments)
         if call.name in self.approve:
-            shown = to_json(call.arguments)
-            shown = shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[:MAX_SHOWN_CHARS]} …"
-            question = f"Run {call.name} with {shown}?"
-            if await log.ask(question, ["yes", "no"]) != "yes":
+            shown = clip(to_json(call.arguments), MAX_SHOWN_CHARS)
+            if await log.ask(f"Run {call.name} with {shown}?", ["yes", "no"]) != "yes":
                 return {"declined": DECLINED}
 
         is_safe, about = getattr(tool, "safe_to_repeat", False), {"arguments": clip(call.arguments)}

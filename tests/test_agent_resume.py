@@ -12,8 +12,9 @@ from attempts import attempts, end_lease, names, popped, run
 from conftest import Server
 from redis import Redis
 
-from agent import DECLINED, Agent
+from agent import Agent
 from agent_tools import Tools, safe_to_repeat
+from conversation import DECLINED
 from mock_llm import MockLLM, Piece, ToolCall
 from task_streams import LogReader, Parked, TaskQueue, keys, run_worker
 
