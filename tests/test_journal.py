@@ -813,21 +813,35 @@ def test_kill_9_two_hundred_times_repeats_no_completed_step(valkey: Server, scri
 
 
 @pytest.mark.chaos
-def test_kill_9_at_every_event_boundary_and_in_every_call(valkey: Server, script: Start, tmp_path: Path) -> None:
-    """The process itself dies right after its nth entry, or in its nth call; another one takes over."""
+@pytest.mark.parametrize("place", ["", "call "], ids=["events", "calls"])
+def test_kill_9_at_every_event_boundary_and_in_every_call(
+    place: str, valkey: Server, script: Start, tmp_path: Path
+) -> None:
+    """The process dies right after its nth entry, or in its nth call, before the task's question and behind it."""
     queue, path, ids = TaskQueue(valkey.client()), tmp_path / "calls", []
-    points = [str(n) for n in range(1, EVENTS_IN_ALL + 2)] + [f"call {n}" for n in range(1, len(STEPS) + 1)]
-    for point in points:
-        ids.append(queue.put({}).id)
-        command = [WORKER, str(path), "--lease", "1", "--burst"]
-        victim = script(valkey.url, *command, env={"TASK_STREAMS_DIE_AFTER": point})
-        victim.communicate(timeout=60)
-        assert victim.returncode == -signal.SIGKILL, point
-        end_lease(queue, ids[-1])
-        script(valkey.url, *command).communicate(timeout=60)
-    while queue.questions():
-        answer_all(queue, path)
-        script(valkey.url, *command).communicate(timeout=60)
+    command = [WORKER, str(path), "--lease", "1", "--burst"]
+
+    def work(die_after: str = "") -> int:
+        worker = script(valkey.url, *command, env={"TASK_STREAMS_DIE_AFTER": die_after})
+        worker.communicate(timeout=60)
+        return int(worker.returncode)
+
+    killed = 0
+    for is_asked in (False, True):
+        died, n = True, 0
+        while died:
+            n += 1
+            ids.append(queue.put({}).id)
+            if is_asked:
+                assert work() == 0
+                answer_all(queue, path)
+            died = work(f"{place}{n}") == -signal.SIGKILL
+            killed += died
+            end_lease(queue, ids[-1])
+            while queue.owed():
+                work()
+                answer_all(queue, path)
+    assert killed >= (EVENTS_IN_ALL if not place else len(STEPS))
     check_calls(queue, path, ids)
 
 
