@@ -111,7 +111,7 @@ def answer(messages: list[Message]) -> Decision:
         return f"You wrote {len(asked.split())} words, and I am only a mock: ask me about a task that I know.", None
     opening = OPENINGS[int(fraction(json.dumps(messages)) * len(OPENINGS))]
     if messages[-1]["role"] == "user" and messages[-1]["content"] != asked:  # somebody has told the agent something
-        opening = f'You tell me: "{messages[-1]["content"]}".'
+        opening = f'You tell me: "{messages[-1]["content"]}"'
     return (f"{opening} {words}", call) if call else (words, None)
 
 

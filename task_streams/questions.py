@@ -78,9 +78,11 @@ async def ask(log: "TaskLog", question: Question, number: int, was_asked: bool, 
     return None if answer["text"] is None else str(answer["text"])
 
 
-def question_in(status: str, question: str | None, answer: str | None, expires_at: str) -> dict[str, Any] | None:
+def question_in(
+    status: str | None, question: str | None, answer: str | None, expires_at: str | None
+) -> dict[str, Any] | None:
     """Return the question in a record's fields that can be answered now; None if none can."""
-    if question is None or answer is not None or status in TERMINAL:
+    if question is None or expires_at is None or answer is not None or status in TERMINAL:
         return None
     try:
         return {**from_json(question), "expires_at": int(expires_at)}

@@ -98,6 +98,19 @@ def cancel_task(task_id: TaskId, tasks: TheTasks, how: models.Cancellation = mod
     return Json({"outcome": tasks.cancel(task_id, how.reason)}, 202)
 
 
+@router.post("/api/tasks/{task_id}/answer", response_model=models.Answered, response_class=Json)
+def answer_task(task_id: TaskId, tasks: TheTasks, how: models.Answer) -> Json:
+    """Answer the question of a task. The first answer counts, and the task goes on."""
+    return Json({"answer": tasks.answer(task_id, how)})
+
+
+@router.post("/api/tasks/{task_id}/tell", status_code=204)
+def tell_task(task_id: TaskId, tasks: TheTasks, message: models.Message) -> Response:
+    """Put a message into the inbox of a task that has not ended. An agent reads it at its next step."""
+    tasks.tell(task_id, message)
+    return Response(status_code=204)
+
+
 @router.post("/api/tasks/{task_id}/retry", response_model=models.WholeTask, response_class=Json, status_code=201)
 def retry_task(task_id: TaskId, tasks: TheTasks) -> Json:
     """Put a failed task again, as a new one. The body is ignored."""

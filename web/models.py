@@ -45,7 +45,7 @@ Text = Annotated[str, BeforeValidator(printable)]
 Time = Annotated[int | None, BeforeValidator(lambda value: value if isinstance(value, int) else None)]
 Count = Annotated[int, BeforeValidator(lambda value: value if isinstance(value, int) else 0), Field(ge=0)]
 State = Literal["waiting", "running", "completed", "failed", "cancelled"]
-Status = Literal["waiting", "running", "retrying", "delayed", "completed", "failed", "cancelled"]
+Status = Literal["waiting", "running", "retrying", "delayed", "parked", "completed", "failed", "cancelled"]
 Group = Literal["waiting", "running", "done", "failed"]
 
 
@@ -62,6 +62,28 @@ class Cancellation(Model):
     reason: Annotated[Text, Field(min_length=1, max_length=MAX_REASON_CHARS)] = "cancelled in the dashboard"
 
 
+class Answer(Model):
+    answer: Text = Field(min_length=1, description="One of the question's options, or any text if it has none")
+    number: int | None = Field(None, ge=1, description="Only if the task still asks its question of that number")
+    by: Annotated[Text, Field(max_length=MAX_REASON_CHARS)] = Field("", description="Who says it, for the log")
+
+
+class Answered(Model):
+    answer: Text = Field(description="As the task gets it")
+
+
+class Message(Model):
+    text: Text = Field(min_length=1, description="What the task's agent reads at its next step")
+    by: Annotated[Text, Field(max_length=MAX_REASON_CHARS)] = Field("", description="Who says it, for the log")
+
+
+class Question(Model):
+    number: int = Field(ge=1, description="1 for the task's first question")
+    question: Text
+    options: list[Text] | None = Field(description="null: any text will do")
+    expires_at: int = Field(description="Milliseconds since 1970; nobody can answer it then")
+
+
 CANCELLATION = Cancellation()  # if no body says otherwise
 
 
@@ -75,7 +97,7 @@ class Task(Model):
     id: Annotated[str, WithJsonSchema(ID_SCHEMA)]
     state: State
     status: Status = Field(
-        description="Like state, but `retrying` until its next attempt, and `delayed` until it is due"
+        description="Like state, but `retrying`, `delayed` until it is due, or `parked` until somebody answers"
     )
     type: Text | None
     data: Any = Field(description="What was put: any JSON value")
@@ -96,6 +118,7 @@ class ListedTask(Task):
 
 
 class WholeTask(Task):
+    question: Question | None = Field(description="What the task asks now")
     result: Any = Field(description="Any JSON value; of a failed task the error, of a cancelled one the reason")
 
 

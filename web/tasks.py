@@ -11,12 +11,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from ailf.messaging.redis import from_json
 from task_streams import LogReader, NoSuchTask, TaskQueue, keys
 from task_streams.claims import Malformed, parse_element
 from task_streams.consuming import WORKER_NAME
+from task_streams.questions import question_in
+from task_streams.queue import QUESTION_FIELDS
 
-from .models import ListedTask, Page, WholeTask, Worker
+from .models import Answer, ListedTask, Message, Page, Question, WholeTask, Worker
 from .replies import Conflict
 
 SNAPSHOT_SECONDS = 0.5  # how old a list may be
@@ -24,7 +28,7 @@ LISTED = 200  # of the next elements, whose place in the queue is told
 MOST_RUNNING = 1_000  # running tasks whose worker is looked up
 PROGRESS_WITHIN = 20  # of a stream's last entries, among which the last progress is looked for
 STATES = {
-    "waiting": ("waiting", "retrying", "delayed"),
+    "waiting": ("waiting", "retrying", "delayed", "parked"),
     "running": ("running",),
     "done": ("completed", "cancelled"),
     "failed": ("failed",),
@@ -105,7 +109,7 @@ class Tasks:
                 raise NoSuchTask(task_id)
             record = {"status": "waiting"}  # pushed by hand, and not claimed yet
         task = self._describe(task_id, record, self._listed() if record["status"] == "waiting" else {})
-        return WholeTask(**task, result=_decoded(record).get("result"))
+        return WholeTask(**task, result=_decoded(record).get("result"), question=_question(record))
 
     def workers(self, running: list[str]) -> list[Worker]:
         """Return the workers that are connected, by their connections' names, and what each works on."""
@@ -220,6 +224,20 @@ class Tasks:
             self._refuse_unclaimed(task_id)
             raise
 
+    def answer(self, task_id: str, how: Answer) -> str:
+        """Answer a task's question; return what the task gets. Raises NoSuchTask; Conflict if it cannot count."""
+        try:
+            return self._after(self.queue.answer(task_id, how.answer, how.by, how.number))
+        except ValueError as error:
+            raise Conflict(str(error)) from error
+
+    def tell(self, task_id: str, message: Message) -> None:
+        """Put a message into a task's inbox. Raises NoSuchTask; Conflict if it has ended, or its inbox is full."""
+        try:
+            self.queue.tell(task_id, message.text, message.by)
+        except ValueError as error:
+            raise Conflict(str(error)) from error
+
     def retry(self, task_id: str) -> WholeTask:
         """Put a failed task again, and return the new one. Raises NoSuchTask; Conflict where it has not failed."""
         try:
@@ -246,6 +264,16 @@ class Tasks:
         """Return the sample files, as a task names them."""
         files = (path for path in sorted(SAMPLES.iterdir()) if path.is_file() and path.name != "README.md")
         return [f"{SAMPLES.name}/{path.name}" for path in files]
+
+
+def _question(record: dict[str, Any]) -> Question | None:
+    found = question_in(*(record.get(name) for name in QUESTION_FIELDS))
+    if found is None:
+        return None
+    try:
+        return Question.model_validate({name: found.get(name) for name in Question.model_fields})
+    except ValidationError:  # somebody has spoilt the record
+        return None
 
 
 def _decoded(record: dict[str, Any]) -> dict[str, Any]:

@@ -566,9 +566,18 @@ def test_cancelled_block_releases_the_lock(fake: fakeredis.FakeServer) -> None:
 
     async def use() -> bool:
         lock = AsyncRedisLock("shared", 30, fakeredis.FakeAsyncRedis(server=fake, decode_responses=True))
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05), lock.acquire_context():
-                await asyncio.sleep(60)
+        is_inside = asyncio.Event()
+
+        async def hold() -> None:
+            async with lock.acquire_context():
+                is_inside.set()
+                await asyncio.Event().wait()
+
+        holding = asyncio.create_task(hold())
+        await is_inside.wait()
+        holding.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await holding
         return await lock.locked()
 
     assert asyncio.run(use()) is False

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from streams import Stream, finish, release, take
 
 from ailf.messaging.redis import connect_async
-from task_streams import Task, TaskQueue, keys
+from task_streams import Task, TaskLog, TaskQueue, keys, run_worker
 from task_streams.queue import MAX_DEPTH
 from web import sse
 from web.app import make_app
@@ -613,6 +613,65 @@ def test_retry_of_a_task_that_is_not_dead_is_409(http: httpx.Client, queue: Task
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------
+
+
+async def ask(task: Task, log: TaskLog) -> Any:
+    return [await log.ask("Send it?", ["yes", "no"]), await log.inbox()]
+
+
+def test_question_is_told_and_answered(http: httpx.Client, queue: TaskQueue, redis_server: Server) -> None:
+    """A parked task waits, with its question; after the answer it goes on, and its log names the person."""
+    task_id = queue.put({"type": "asks"}).id
+    run_worker(ask, url=redis_server.url, burst=True)
+
+    task = http.get(f"/api/tasks/{task_id}").json()
+    assert (task["state"], task["status"]) == ("waiting", "parked")
+    assert {**task["question"], "expires_at": 0} == {
+        "number": 1,
+        "question": "Send it?",
+        "options": ["yes", "no"],
+        "expires_at": 0,
+    }
+    assert task_id in [one["id"] for one in listed(http, state="waiting")["tasks"]]
+
+    assert post_json(http, f"/api/tasks/{task_id}/tell", {"text": "be quick", "by": "bob"}).status_code == 204
+    answer = post_json(http, f"/api/tasks/{task_id}/answer", {"answer": "YES", "number": 1, "by": "ann"})
+    assert (answer.status_code, answer.json()) == (200, {"answer": "yes"})
+    run_worker(ask, url=redis_server.url, burst=True)
+
+    task = http.get(f"/api/tasks/{task_id}").json()
+    assert (task["state"], task["question"], task["result"]) == ("completed", None, ["yes", ["be quick"]])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("answer", {"answer": "maybe"}, 409),
+        ("answer", {"answer": "yes", "number": 2}, 409),
+        ("answer", {"answer": ""}, 422),
+        ("answer", {"text": "yes"}, 422),
+        ("tell", {"text": ""}, 422),
+        ("tell", {"text": "x" * 20_001}, 409),
+    ],
+)
+def test_answer_or_message_that_cannot_count_is_refused(
+    http: httpx.Client, queue: TaskQueue, redis_server: Server, path: str, body: Any, status: int
+) -> None:
+    task_id = queue.put({"type": "asks"}).id
+    run_worker(ask, url=redis_server.url, burst=True)
+    assert_problem(post_json(http, f"/api/tasks/{task_id}/{path}", body), status)
+    queue.cancel(task_id, "enough")
+    assert_problem(post_json(http, f"/api/tasks/{task_id}/answer", {"answer": "yes"}), 409)
+    assert_problem(post_json(http, "/api/tasks/7777/answer", {"answer": "yes"}), 404)
+    assert_problem(post_json(http, "/api/tasks/7777/tell", {"text": "hello"}), 404)
+
+
+def test_question_that_somebody_has_spoilt_is_none(http: httpx.Client, queue: TaskQueue, redis_server: Server) -> None:
+    task_id = queue.put({"type": "asks"}).id
+    run_worker(ask, url=redis_server.url, burst=True)
+    for spoilt in ("no JSON", "[]", "{}"):
+        queue.redis.hset(keys.record(task_id), "question", spoilt)
+        assert http.get(f"/api/tasks/{task_id}").json()["question"] is None
 
 
 def test_samples_can_be_put(http: httpx.Client) -> None:

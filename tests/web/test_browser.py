@@ -22,7 +22,7 @@ from redis import Redis
 from screenshots import ARGUMENTS, CHROMIUM, ENDED, HEIGHT, WIDTH, scene, take_both
 from streams import Stream, finish, take
 
-from task_streams import TaskQueue, keys
+from task_streams import Task, TaskLog, TaskQueue, keys, run_worker
 
 try:
     from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
@@ -36,6 +36,7 @@ PHONE = {"width": 360, "height": 740}
 PATIENCE_MS = 60_000  # for what the page shows, on a busy machine
 LEASE_SECONDS = 300.0  # the test is the worker, and sends no heartbeat
 TOKEN = "correct horse battery staple"
+MARKED = "<b>bold</b> &amp;"
 SALES = {"type": "process_data", "payload": {"file": "sample_data/sales.csv"}}
 
 # What a page does that it must not, and the connections that it holds.
@@ -643,6 +644,41 @@ def test_retry_button_of_a_failed_task_leads_to_the_new_one(
     page.locator("#retry").click()
     expect(page).to_have_url(re.compile(rf"/tasks/{task.id}\.r2$"))
     assert redis.zcard(keys.RECENT) == 2
+
+
+def test_question_is_answered_by_a_button_or_in_a_field(
+    board: dash.Dashboard, server: Server, redis: Redis, browse: Browse
+) -> None:
+    """The box comes by itself, with what is asked; the answer is in the story, and the box goes."""
+
+    async def handle(task: Task, log: TaskLog) -> list[str | None]:
+        return [await log.ask(f"Send it? {MARKED}", ["yes", "no"]), await log.ask("To whom?")]
+
+    def work() -> None:  # in a thread, since the browser's event loop is this one's
+        worker = threading.Thread(target=lambda: run_worker(handle, url=server.url, burst=True))
+        worker.start()
+        worker.join()
+
+    task = TaskQueue(redis).put({"type": "asks", "payload": {}})
+    page = browse(f"{board.url}/tasks/{task.id}")
+    expect(state(page)).to_have_text("waiting")
+    work()
+    box = page.locator("#question")
+    expect(state(page)).to_have_text("parked")
+    expect(box).to_contain_text(f"Send it? {MARKED}")
+    box.get_by_role("button", name="no").click()
+    expect(box).to_be_hidden()
+    work()
+    expect(box).to_contain_text("To whom?")
+    box.get_by_role("textbox").fill("Ann & Bob")
+    box.get_by_role("textbox").press("Enter")
+    expect(box).to_be_hidden()
+    work()
+    expect(state(page)).to_have_text("completed")
+    expect(page.locator("#story .input_received")).to_have_count(2)
+    expect(page.locator("#story .input_received").last).to_contain_text("Ann & Bob")
+    expect(page.locator("#story .resumed")).to_have_count(1)  # behind the first answer; before it there was no step
+    assert_all_shown(page, redis, task.id)
 
 
 # -- what a task says is text -----------------------------------------------------------------------------------

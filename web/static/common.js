@@ -173,6 +173,7 @@ export function summaryOf(task) {
 export function placeOf(task) {
   if (task.status === "retrying") return "rests until its retry";
   if (task.status === "delayed") return "waits until it is due";
+  if (task.status === "parked") return "waits for an answer";
   if (typeof task.ahead !== "number") return "";
   return task.ahead === 0 ? "next in the queue" : `${task.ahead.toLocaleString("en")} ahead in the queue`;
 }

@@ -148,7 +148,7 @@ function drawRow(id) {
   const { row, parts, task } = rows.get(id);
   row.dataset.state = task.state;
   parts.state.dataset.state = task.state;
-  setText(parts.state, task.status === "retrying" ? "retrying" : task.state);
+  setText(parts.state, ["retrying", "parked"].includes(task.status) ? task.status : task.state);
   setText(parts.type, task.type ?? "no type");
   setText(parts.what, summaryOf(task));
   parts.what.title = parts.what.textContent;

@@ -13,7 +13,7 @@ const HIDDEN_MS = 30_000; // a tab hidden for longer gives its connection back: 
 const NOTICES = new Set(["gap", "reset"]); // what the server itself says
 const NAMES = [
   "started", "processing", "chain_of_thought", "llm_call", "llm_delta", "llm_response", "tool_usage", "progress",
-  "rate_limited", "error", "worker_lost", "resumed", "in_doubt", "completed", "failed", "cancelled", "message", ...NOTICES,
+  "rate_limited", "input_required", "input_received", "steered", "error", "worker_lost", "resumed", "in_doubt", "completed", "failed", "cancelled", "message", ...NOTICES,
 ];
 
 const away = new Set(); // "server", "redis"

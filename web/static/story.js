@@ -140,6 +140,7 @@ const TELL = {
       return;
     }
     if (Number.isFinite(at - words.from)) name.append(` · ${duration(at - words.from)}`);
+    name.append(tokensOf(entry.usage));
     story.mark(words.block, entry);
     words.body.replaceChildren(name, answer); // what it says in the end is what counts
     words.block.classList.remove("growing");
@@ -158,6 +159,7 @@ const TELL = {
     if (entry.arguments !== undefined) card.inside.append(named("arguments", entry.arguments));
     const outcome = entry.status === "failed" ? "error" : "result";
     if (entry.result !== undefined) card.inside.append(named(outcome, entry.result));
+    if (entry.error !== undefined) card.inside.append(named("error", entry.error));
     card.block.dataset.status = asText(entry.status);
     setText(card.status, entry.status === "started" ? "running" : asText(entry.status));
     setText(card.took, duration(entry.duration_ms));
@@ -173,6 +175,39 @@ const TELL = {
       return;
     }
     story.block("progress", entry, at, label(text, " ", asText(entry.step)));
+  },
+
+  llm_call(story, entry) {
+    if (story.last) story.mark(story.last, entry); // the answer tells who was asked
+    else story.block("llm_call", entry, NaN, label("LLM ", element("code", {}, asText(entry.model))));
+  },
+
+  resumed(story, entry, at) {
+    const steps = typeof entry.steps === "number" ? count(entry.steps, "completed step") : "completed steps";
+    const what = entry.reason === undefined ? `goes on: ${steps} taken from the log` : "starts over";
+    const reason = entry.reason === undefined ? [] : [longText(asText(entry.reason), "data")];
+    story.block("resumed", entry, at, label(what), ...reason);
+  },
+
+  in_doubt(story, entry, at) {
+    const step = element("code", {}, asText(entry.step));
+    story.block("in_doubt", entry, at, label("in doubt: ", step), longText(asText(entry.reason), "data"));
+  },
+
+  input_required(story, entry, at) {
+    const options = Array.isArray(entry.options) ? ` (${entry.options.map((one) => asText(one)).join(" / ")})` : "";
+    story.block("input_required", entry, at, label("asks a person"), longText(asText(entry.question) + options, "prose"));
+  },
+
+  input_received(story, entry, at) {
+    const by = entry.by ? ` by ${asText(entry.by)}` : "";
+    const answer = entry.answer === null ? "Nobody answered in time." : asText(entry.answer);
+    story.block("input_received", entry, at, label(`answered${by}`), longText(answer, "prose"));
+  },
+
+  steered(story, entry, at) {
+    const by = entry.by ? ` by ${asText(entry.by)}` : "";
+    story.block("steered", entry, at, label(`was told${by}`), longText(asText(entry.text), "prose"));
   },
 
   rate_limited(story, entry, at) {
@@ -238,6 +273,12 @@ function newCard(story, entry, at) {
   const block = story.block("tool_usage", entry, at, element("div", { class: "card" }, head, inside)).parentNode;
   block.dataset.tool = tool;
   return { block, status, took, inside };
+}
+
+/** The tokens of a call to the LLM, as text: " · 812 + 64 tokens"; "" if nobody knows. */
+function tokensOf(usage) {
+  if (typeof usage?.input !== "number" || typeof usage?.output !== "number") return "";
+  return ` · ${usage.input.toLocaleString("en")} + ${usage.output.toLocaleString("en")} tokens`;
 }
 
 /** A name and a value. */

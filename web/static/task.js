@@ -7,6 +7,7 @@ import {
   TERMINAL, ago, api, asText, byId, clock, count, duration, element, longText, moment, percentOf, placeOf, setText, taskPath,
 } from "./common.js";
 import { follow, setAway } from "./live.js";
+import { QuestionBox } from "./question.js";
 import { RawEntries } from "./raw.js";
 import { Story } from "./story.js";
 import { Timeline } from "./timeline.js";
@@ -26,6 +27,7 @@ const apiPath = `/api/tasks/${encodeURIComponent(id)}`;
 const story = new Story(byId("story"));
 const timeline = new Timeline(byId("timeline"));
 const raw = new RawEntries(byId("raw-entries"));
+const question = new QuestionBox(byId("question"), answer);
 
 const seen = new Set(); // entry ids that have arrived
 const pending = []; // what has arrived and is not told yet: functions that tell it
@@ -125,6 +127,8 @@ function take(name, data) {
     if (typeof data.attempt === "number" && data.attempt > 0) attempt = data.attempt;
     firstStart ??= attempt === 1 ? Date.parse(data.timestamp) : null;
     change("running", "running");
+  } else if (name === "input_required") {
+    change("waiting", "parked");
   } else if (name === "error") {
     if (data.will_retry) change("waiting", "retrying");
   } else if (name === "progress") {
@@ -188,7 +192,7 @@ function showProblem(text) {
 
 function draw() {
   const { state, status } = stateNow();
-  const word = status === "retrying" ? "retrying" : state;
+  const word = ["retrying", "parked"].includes(status) ? status : state;
   const badge = byId("state");
   if (badge.dataset.state !== state || badge.textContent !== word) {
     badge.dataset.state = state;
@@ -208,6 +212,7 @@ function draw() {
   setText(byId("cancel"), stops ? "Stopping…" : "Cancel");
   if (!pressing) disable(byId("cancel"), stops);
   byId("retry").hidden = state !== "failed";
+  question.draw(TERMINAL.has(state) ? null : record?.question);
 
   const none = window.shownEntries.length === 0 && pending.length === 0;
   document.querySelector("aside").hidden = none && record === null;
@@ -220,7 +225,7 @@ function draw() {
 }
 
 function doingOf(state, status, known) {
-  if (state === "waiting") return placeOf(status === "retrying" ? { status } : (record ?? {}));
+  if (state === "waiting") return placeOf(["retrying", "parked"].includes(status) ? { status } : (record ?? {}));
   if (TERMINAL.has(state)) return tookMs() > 0 ? `took ${duration(tookMs())}` : "";
   if (state !== "running") return "";
   return [known === null ? "" : `${Math.round(known)} %`, doing || asText(record?.step ?? "")].filter(Boolean).join(" · ");
@@ -324,6 +329,16 @@ async function press(button, path, text) {
 async function cancel() {
   const answer = await press(byId("cancel"), `${apiPath}/cancel`, '{"reason": "cancelled in the browser"}');
   if (answer?.outcome === "requested") setText(byId("announce"), "The task was asked to stop.");
+  look(0);
+}
+
+async function answer(text, number) {
+  try {
+    showProblem("");
+    await api(`${apiPath}/answer`, { method: "POST", text: JSON.stringify({ answer: text, number }) });
+  } catch (error) {
+    showProblem(error.message);
+  }
   look(0);
 }
 
