@@ -24,9 +24,7 @@ class OpenAILLM:
         # subtle: without a key the client would send the one in OPENAI_API_KEY, to whatever server this is
         self.model, self.api_key = model, api_key or "no-key"
         timeout = Timeout(silence_seconds, connect=10.0)  # a server that isn't listening is noticed sooner
-        self.client = AsyncOpenAI(
-            base_url=url, api_key=self.api_key, timeout=timeout, max_retries=0
-        )  # the worker retries
+        self.client = AsyncOpenAI(base_url=url, api_key=self.api_key, timeout=timeout, max_retries=0)
         self.name = f"the LLM at {self.client.base_url.netloc.decode()}"  # without a password that the URL may hold
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # else a line a call, with the whole URL
 
@@ -42,10 +40,10 @@ class OpenAILLM:
                     usage = chunk.usage or usage  # in the last chunk, which has no choices
                     for choice in chunk.choices or []:
                         finish = choice.finish_reason or finish
-                        if text := choice.delta.content:
+                        if text := choice.delta and choice.delta.content:  # Azure's filter sends chunks without delta
                             chars += len(text)
                             yield text
-                        for part in choice.delta.tool_calls or []:
+                        for part in (choice.delta and choice.delta.tool_calls) or []:
                             # a call begins with a new index or id: some servers number all calls 0, or give no ids
                             if not calls or part.index != calls[-1][0] or part.id not in (None, "", calls[-1][1]):
                                 calls.append([part.index, part.id or f"call-{len(messages)}-{len(calls)}", "", ""])
@@ -58,20 +56,20 @@ class OpenAILLM:
                 raise PermanentFailure(message) from None
             wait = error.response.headers.get("retry-after", "")  # LLM servers send seconds, no date
             raise LLMError(message, int(wait) if wait.isdecimal() else 0) from None
-        except (APIError, ValueError) as error:  # it can't be reached, is silent, breaks off, or sends no JSON
+        except (APIError, ValueError, TypeError) as error:  # it's away, silent, breaks off, or sends something odd
             raise LLMError(f"{self.name} failed: {type(error).__name__}: {self.reason(error)}") from None
         if finish in (None, "length", "content_filter"):
             raise LLMError(f"{self.name} did not finish its reply: {finish or 'it was cut off'}")
         for _, call_id, name, arguments in calls:
             yield ToolCall(call_id, name.replace("__", "."), parse_arguments(arguments))
         # some servers don't tell their usage: with about four characters a token, --max-tokens holds all the same
-        estimate = len(to_json(told)) // 4, (chars + len(to_json(calls))) // 4
-        yield Usage(usage.prompt_tokens, usage.completion_tokens) if usage else Usage(*estimate)
+        read, written = len(to_json(told)) // 4, (chars + len(to_json(calls))) // 4
+        yield Usage(getattr(usage, "prompt_tokens", 0) or read, getattr(usage, "completion_tokens", 0) or written)
 
     def reason(self, error: Exception) -> str:
         """Return what the server or the network said, in one line and without the key."""
         body = getattr(error, "body", None)
-        said = body.get("message") if isinstance(body, dict) else str(error.__cause__ or "")
+        said = (body.get("message") or to_json(body)) if isinstance(body, dict) else body or str(error.__cause__ or "")
         return " ".join(str(said or error).replace(self.api_key, "…").split())[:500]
 
 

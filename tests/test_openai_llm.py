@@ -287,11 +287,44 @@ def test_what_stays_is_not_retried(status: int) -> None:
     assert str(error).endswith(f"answered {status}: no, … is not right")
 
 
-def test_error_page_is_cut() -> None:
-    page = b"<html>" + b"x" * 100_000
-    head = b"HTTP/1.1 502 No\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n"
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"error": "model 'x' not found"}, "model 'x' not found"),
+        ({"detail": "Not Found"}, '{"detail": "Not Found"}'),
+        ("404 page not found", "404 page not found"),
+        ("<html>" + "x" * 100_000, "<html>xxx"),
+    ],
+)
+def test_servers_message_is_told_whatever_its_form(body: Any, told: str) -> None:
+    """Cut, if it is a whole page."""
+    kind, text = ("application/json", json.dumps(body)) if isinstance(body, dict) else ("text/html", body)
+    head = f"HTTP/1.1 404 No\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n"
+    message = str(error_of(Fake((head + text).encode()), PermanentFailure))
 
-    assert len(str(error_of(Fake(head + page), LLMError))) < 700
+    assert f" answered 404: {told}" in message
+    assert len(message) < 700
+
+
+@pytest.mark.parametrize(
+    "chunk", [{"index": 0, "finish_reason": None}, {"index": 0, "delta": None, "finish_reason": None}]
+)
+def test_chunk_without_a_delta_is_passed_over(chunk: dict[str, Any]) -> None:
+    """Azure's filter for content sends such ones."""
+    pieces = ask(Fake(stream(delta(content="Hi"), {"choices": [chunk]}, delta("stop"), USAGE)))
+
+    assert pieces == ["Hi", Usage(12, 3)]
+
+
+def test_usage_without_a_number_is_estimated() -> None:
+    pieces = ask(Fake(stream(delta(content="Hi there"), delta("stop"), {"choices": [], "usage": {"prompt_tokens": 5}})))
+
+    assert pieces[-1] == Usage(5, 2)
+
+
+def test_reply_of_odd_types_is_an_llm_error() -> None:
+    odd = {"index": 0, "function": {"name": "x", "arguments": {"no": "text"}}}
+    error_of(Fake(stream(delta(tool_calls=[odd]), delta("tool_calls"), USAGE)), LLMError)
 
 
 def test_server_that_is_not_there_is_retried() -> None:
