@@ -11,7 +11,7 @@ from redis import Redis
 from redis.asyncio import RedisCluster
 
 from ailf.messaging.redis import connect, connect_async
-from task_streams import BlockingLog, LogReader, Task, TaskLog, TaskQueue, keys
+from task_streams import BlockingLog, LogReader, Parked, Task, TaskLog, TaskQueue, keys
 from task_streams.claims import Claims, new_token
 from task_streams.pipeline import ClusterPipeline, Pipeline
 
@@ -43,6 +43,22 @@ async def attempts(url: str, name: str = "w", lease_seconds: float = 60) -> Asyn
     finally:
         await pipe.close()
         await client.aclose()
+
+
+def attempt(url: str, redis: Redis, handler: Callable[[Task, TaskLog], Awaitable[Any]]) -> None:
+    """Make one attempt of the next task, whatever else the server has: it completes, or is parked on its question."""
+
+    async def make() -> None:
+        async with attempts(url) as worker:
+            task, log = await worker.claim(popped(redis))
+            try:
+                result = await handler(task, log)
+            except Parked:
+                await worker.claims.release(task, until_answered=True)
+            else:
+                await log.end("completed", result, result=result)
+
+    asyncio.run(make())
 
 
 class Hand:

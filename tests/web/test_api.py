@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from attempts import attempt
 from conftest import Server, wait_until
 from dash import Dashboard, assert_problem, dashboard, status_of, valkey_server
 from httpx_sse import EventSource, ServerSentEvent, connect_sse
@@ -24,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from streams import Stream, finish, release, take
 
 from ailf.messaging.redis import connect_async
-from task_streams import Task, TaskLog, TaskQueue, keys, run_worker
+from task_streams import Task, TaskLog, TaskQueue, keys
 from task_streams.queue import MAX_DEPTH
 from web import sse
 from web.app import make_app
@@ -622,7 +623,7 @@ async def ask(task: Task, log: TaskLog) -> Any:
 def test_question_is_told_and_answered(http: httpx.Client, queue: TaskQueue, redis_server: Server) -> None:
     """A parked task waits, with its question; after the answer it goes on, and its log names the person."""
     task_id = queue.put({"type": "asks"}).id
-    run_worker(ask, url=redis_server.url, burst=True)
+    attempt(redis_server.url, queue.redis, ask)
 
     task = http.get(f"/api/tasks/{task_id}").json()
     assert (task["state"], task["status"]) == ("waiting", "parked")
@@ -637,7 +638,7 @@ def test_question_is_told_and_answered(http: httpx.Client, queue: TaskQueue, red
     assert post_json(http, f"/api/tasks/{task_id}/tell", {"text": "be quick", "by": "bob"}).status_code == 204
     answer = post_json(http, f"/api/tasks/{task_id}/answer", {"answer": "YES", "number": 1, "by": "ann"})
     assert (answer.status_code, answer.json()) == (200, {"answer": "yes"})
-    run_worker(ask, url=redis_server.url, burst=True)
+    attempt(redis_server.url, queue.redis, ask)
 
     task = http.get(f"/api/tasks/{task_id}").json()
     assert (task["state"], task["question"], task["result"]) == ("completed", None, ["yes", ["be quick"]])
@@ -658,7 +659,7 @@ def test_answer_or_message_that_cannot_count_is_refused(
     http: httpx.Client, queue: TaskQueue, redis_server: Server, path: str, body: Any, status: int
 ) -> None:
     task_id = queue.put({"type": "asks"}).id
-    run_worker(ask, url=redis_server.url, burst=True)
+    attempt(redis_server.url, queue.redis, ask)
     assert_problem(post_json(http, f"/api/tasks/{task_id}/{path}", body), status)
     queue.cancel(task_id, "enough")
     assert_problem(post_json(http, f"/api/tasks/{task_id}/answer", {"answer": "yes"}), 409)
@@ -668,7 +669,7 @@ def test_answer_or_message_that_cannot_count_is_refused(
 
 def test_question_that_somebody_has_spoilt_is_none(http: httpx.Client, queue: TaskQueue, redis_server: Server) -> None:
     task_id = queue.put({"type": "asks"}).id
-    run_worker(ask, url=redis_server.url, burst=True)
+    attempt(redis_server.url, queue.redis, ask)
     for spoilt in ("no JSON", "[]", "{}"):
         queue.redis.hset(keys.record(task_id), "question", spoilt)
         assert http.get(f"/api/tasks/{task_id}").json()["question"] is None

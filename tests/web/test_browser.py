@@ -16,13 +16,14 @@ from typing import Any
 import dash
 import httpx
 import pytest
+from attempts import attempt
 from conftest import Server, free_port, lacking, wait_until
 from httpx_sse import connect_sse
 from redis import Redis
 from screenshots import ARGUMENTS, CHROMIUM, ENDED, HEIGHT, WIDTH, scene, take_both
 from streams import Stream, finish, take
 
-from task_streams import Task, TaskLog, TaskQueue, keys, run_worker
+from task_streams import Task, TaskLog, TaskQueue, keys
 
 try:
     from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
@@ -655,7 +656,7 @@ def test_question_is_answered_by_a_button_or_in_a_field(
         return [await log.ask(f"Send it? {MARKED}", ["yes", "no"]), await log.ask("To whom?")]
 
     def work() -> None:  # in a thread, since the browser's event loop is this one's
-        worker = threading.Thread(target=lambda: run_worker(handle, url=server.url, burst=True))
+        worker = threading.Thread(target=attempt, args=(server.url, redis, handle))
         worker.start()
         worker.join()
 
