@@ -270,6 +270,29 @@ def test_smtp_refusals(outbox: Path, answers: dict[str, str], kind: type[Excepti
     assert not outbox.exists()
 
 
+@pytest.mark.parametrize(
+    ("answers", "may_have_happened"),
+    [
+        ({"greeting": "421 busy"}, False),
+        ({"AUTH": "454 wait"}, False),
+        ({"AUTH": "hang up"}, False),
+        ({"RCPT": "450 mailbox busy"}, False),
+        ({"DATA": "451 later"}, False),
+        ({"message": "452 full"}, False),
+        ({"message": "hang up"}, True),
+    ],
+)
+def test_only_a_connection_that_breaks_during_the_message_leaves_a_doubt(
+    outbox: Path, answers: dict[str, str], may_have_happened: bool
+) -> None:
+    """After all else it is certain that nothing was sent, so the task may be tried again without asking anybody."""
+    with smtp_server(answers) as server, pytest.raises(ToolUnavailable) as caught:
+        url = server.url.replace("smtp://", "smtp://user:password@")
+        EmailSender(outbox, url).send("a@example.org", "s", "b", idempotency_key="task-7")
+
+    assert caught.value.may_have_happened is may_have_happened
+
+
 def test_some_refused_recipients_are_named(outbox: Path) -> None:
     """If the server takes the message for some, it is sent, and the result says for whom not."""
     with smtp_server({"rcpt TO:<b@example.org>": "550 no such user"}) as server:
