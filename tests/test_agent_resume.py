@@ -1,6 +1,5 @@
 """An agent that dies, asks and is told something: no completed step runs again, and only what was allowed happens."""
 
-import signal
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -8,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_program import attempt
 from attempts import attempts, end_lease, names, popped, run
-from conftest import Server
 from redis import Redis
 
 from agent import Agent
-from agent_tools import Tools, safe_to_repeat
+from agent_tools import Tools, ToolUnavailable, safe_to_repeat
 from conversation import DECLINED
 from mock_llm import MockLLM, Piece, ToolCall
 from task_streams import LogReader, Parked, TaskQueue, keys, run_worker
@@ -21,6 +20,7 @@ from task_streams import LogReader, Parked, TaskQueue, keys, run_worker
 Start = Callable[..., "subprocess.Popen[str]"]
 EMAIL = {"to": "a@example.org", "subject": "Report", "body": "All is well."}
 SEND = "email_sender.send"
+SAID = ("chain_of_thought", "progress")  # what an agent says between its steps
 
 
 class Journalled:
@@ -87,33 +87,53 @@ def result(queue: TaskQueue) -> Any:
 # -- dying ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.chaos
-def test_agent_killed_after_any_event_repeats_no_completed_step(valkey: Server, script: Start, tmp_path: Path) -> None:
-    """kill -9 of the process after its nth event, for each n: four tools, five calls of the LLM, in all attempts."""
-    queue = TaskQueue(valkey.client())
-    task = {"type": "process_data", "payload": {"file": "sample_data/sales.csv"}}
-    whole: list[str] = []
-    died, n = True, 0
-    while died:
-        n += 1
-        task_id = queue.put(task).id
-        program = ["tests/agent_program.py", str(tmp_path / f"done-{n}"), "--lease", "1", "--burst"]
-        victim = script(valkey.url, *program, env={"TASK_STREAMS_DIE_AFTER": str(n)})
-        victim.communicate(timeout=60)
-        died = victim.returncode == -signal.SIGKILL
-        if died and queue.owed():
-            end_lease(queue, task_id)
-            script(valkey.url, *program).communicate(timeout=60)
-        history = LogReader(task_id, queue.redis).read()
-        assert history[-1].name == "completed", n
-        begun = Counter(one.fields["key"] for one in history if one.fields.get("status") == "started")
-        ended = Counter(one.fields["key"] for one in history if one.fields.get("status") == "completed")
-        assert set(ended.values()) == {1}, n
-        done = Counter((tmp_path / f"done-{n}").read_text().splitlines())
-        assert all(1 <= done[key] <= begun[key] for key in ended), (n, done, begun)
-        whole.append(history[-1].fields["result"]["summary"])
-    assert n > 30
-    assert len(set(whole)) == 1
+def story(queue: TaskQueue, task_id: str) -> list[Any]:
+    """What was done and said, without what an attempt begins, and what is said twice where one attempt died."""
+    told: list[Any] = []
+    for event in LogReader(task_id, queue.redis).read():
+        fields = {name: value for name, value in event.fields.items() if name not in ("timestamp", "duration_ms")}
+        if event.name in ("llm_response", "tool_usage"):
+            fields = {name: value for name, value in fields.items() if name not in ("call_id", "replaces")}
+        elif event.name not in (*SAID, "completed"):
+            continue
+        is_repeated = event.name in SAID and (event.name, fields) in told
+        if fields.get("status") != "started" and not is_repeated:
+            told.append((event.name, fields))
+    return told
+
+
+def test_agent_killed_after_any_event_repeats_no_completed_step(
+    url: str, queue: TaskQueue, script: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of the process after its nth event, for each n: five calls of the LLM, four tools. The next attempt calls
+    only what was not completed, and the story in the stream is the one of a task that nobody disturbs."""
+    program = script(url, "tests/agent_program.py", str(tmp_path))
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 0, err
+    *ids, undisturbed = out.split()
+    assert len(ids) > 30
+
+    unfinished = [one for one in ids if not LogReader(one, queue.redis).read()[-1].is_terminal]
+    for one in unfinished:
+        end_lease(queue, one)
+    queue.recover()
+    monkeypatch.setenv("REDIS_URL", url)
+    while queue.redis.llen(keys.QUEUE):
+        attempt(queue, tmp_path)
+
+    expected = story(queue, undisturbed)
+    once = set((tmp_path / undisturbed).read_text().splitlines())
+    assert len(once) == 9
+    assert len(unfinished) >= len(ids) - 1  # the last one may have died right after its end
+    for n, one in enumerate(ids, start=1):
+        history = LogReader(one, queue.redis).read()
+        begun = Counter(event.fields["key"] for event in history if event.fields.get("status") == "started")
+        called = Counter((tmp_path / one).read_text().splitlines())
+        said = Counter(str({**event.fields, "timestamp": 0}) for event in history if event.name in SAID)
+        assert story(queue, one) == expected, n
+        assert sum(said.values()) - len(said) <= 2, n  # what was said right before it died may be said once more
+        assert set(called) == once, n
+        assert sum(called.values()) <= sum(begun.values()) <= len(once) + 1, (n, called, begun)
 
 
 def test_second_attempt_takes_the_conversation_from_the_log(url: str, queue: TaskQueue, journalled: Journalled) -> None:
@@ -241,6 +261,27 @@ def test_unsafe_tool_that_died_in_the_middle_is_asked_about(url: str, queue: Tas
 
     assert journalled.done() == {"send": 1}
     assert names(queue.redis)[-1] == "completed"
+
+
+@pytest.mark.parametrize("may_have_happened", [False, True])
+def test_mail_server_that_is_away_is_tried_again_and_only_a_doubt_asks(
+    may_have_happened: bool, url: str, queue: TaskQueue, journalled: Journalled
+) -> None:
+    """The tool is not safe to repeat, but it says whether something may have been sent."""
+    queue.put({"type": "send_email", "payload": EMAIL})
+
+    def send(to: str, subject: str, body: str) -> dict[str, Any]:
+        """Pretend to send, the second time with success."""
+        journalled.note("send")
+        if journalled.done()["send"] == 1:
+            raise ToolUnavailable("the connection broke", may_have_happened)
+        return {"sent": True}
+
+    run_worker(Agent(MockLLM(), {SEND: send}), url=url, burst=True, backoff_seconds=0.01)
+
+    assert journalled.done() == {"send": 1 if may_have_happened else 2}
+    assert len(queue.questions()) == may_have_happened
+    assert (names(queue.redis)[-1] == "completed") is not may_have_happened
 
 
 # -- telling ----------------------------------------------------------------------------------------------------
