@@ -14,7 +14,7 @@ and name it:  tools = make_tools(…) | {"data_processor.count_lines": MyDataPro
 The LLM is told the name, the first line of the docstring and the parameters. Keyword-only parameters are the agent's
 own: `check` raises when the task is cancelled, and `idempotency_key` is the same if the call is repeated. If nobody
 knows whether a call has happened, a person is asked, unless the tool is marked @safe_to_repeat. A real LLM then uses
-the tool by itself; the mock one needs a rule in mock_llm.py.
+the tool by itself; the mock one needs a rule in mock_rules.py.
 '''
 
 from pathlib import Path

@@ -12,7 +12,7 @@ ALLOWED_SCRIPTS = {
     "conversation": {"mock_llm"},
     "openai_llm": {"mock_llm"},
     "mock_server": {"mock_llm"},
-    "mock_llm": {"mock_server"},  # only for --serve
+    "mock_llm": {"mock_rules", "mock_server"},  # the latter only for --serve
 }
 
 
@@ -35,7 +35,8 @@ def test_scripts_do_not_import_scripts() -> None:
 
 def test_llm_and_tools_stand_alone() -> None:
     """mock_llm.py and agent_tools/ know nothing of Redis or of the rest of the project, but for --serve."""
-    assert imports_of(ROOT / "mock_llm.py") == {"mock_server"}
+    assert imports_of(ROOT / "mock_llm.py") == {"mock_rules", "mock_server"}
+    assert imports_of(ROOT / "mock_rules.py") == set()
     for path in (ROOT / "agent_tools").glob("*.py"):
         assert imports_of(path) == set(), path
 

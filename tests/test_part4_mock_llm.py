@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import mock_llm
+import mock_rules
 from mock_llm import LLMError, MockLLM, Piece, ToolCall, Usage
 
 FILE = {"type": "process_data", "payload": {"file": "shop.csv"}}
@@ -214,6 +215,33 @@ def test_refused_email_gives_up() -> None:
     assert next_call(EMAIL, send={"error": "not an address"}) == ("give_up", {"reason": "not an address"})
 
 
+@pytest.mark.parametrize(
+    ("declined", "why"),
+    [("a person said no: do not call it again", "you said no"), ("nobody has answered: …", "nobody has answered")],
+)
+def test_declined_tool_is_the_end_of_the_conversation(declined: str, why: str) -> None:
+    """It says which of the two it was, and asks for nothing more."""
+    outcome = {"declined": declined}
+
+    assert decide(EMAIL, send=outcome) == (f"I did not send the email, because {why}.", None)
+    assert decide(FILE, load_file=outcome) == (f"I did not look at shop.csv, because {why}.", None)
+
+
+def test_what_people_say_is_repeated_once_in_the_next_words() -> None:
+    """All that was said since its last reply, before a tool as well as in its last words. A long text is cut."""
+    said = [{"role": "user", "content": text} for text in ("Be quick.", "x" * 1_000)]
+    begun = [*conversation(FILE), *said]
+    reply = {"role": "assistant", "content": "Well."}
+
+    first = "".join(map(str, pieces_of(MockLLM(), begun)[:-1]))
+    later = "".join(map(str, pieces_of(MockLLM(), [*begun, reply])[:-1]))
+    last = "".join(map(str, pieces_of(MockLLM(), [*conversation(EMAIL, send={"result": {}}), reply, said[0]])))
+
+    assert first.startswith(f'You tell me: "Be quick." You tell me: "{"x" * 200}" First I load')
+    assert "You tell me" not in later
+    assert last == "You tell me: \"Be quick.\" Sent 'Hi' to a@example.org."
+
+
 # How it sums up
 
 
@@ -287,4 +315,4 @@ def test_summary_leaves_out_what_the_results_lack(results: dict[str, Any], told:
 )
 def test_numbers_are_written_for_people(value: float, words: str) -> None:
     """Whole numbers whole, others with two decimals, small ones with three digits rather than as 0.00."""
-    assert mock_llm.in_words(value) == words
+    assert mock_rules.in_words(value) == words
