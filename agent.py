@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import conversation
 from agent_tools import ToolError, Tools, ToolUnavailable
 from agent_tools.schema import call_tool, schema
-from ailf.messaging.redis import AsyncRedisRateLimiter, RedisUnavailable, to_json
-from conversation import DECLINED, SYSTEM, as_message, as_result, check_task, clip, give_up, problem_of
+from ailf.messaging.redis import AsyncRedisRateLimiter, RedisUnavailable
+from conversation import clip, give_up
 from mock_llm import LLMError, Message, Piece, ToolCall, Usage
 from task_streams import NothingHappened, PermanentFailure, Task, TaskLog
 
 MAX_STEPS = 8  # questions to the LLM about one task: an agent that runs in circles is stopped
-MAX_SHOWN_CHARS = 10_000  # of a tool's arguments in the question whether to run it
 LONGEST_WAIT_SECONDS = 5.0  # before it asks again whether it may call the LLM: the count may be lost
 POLL_SECONDS = 0.5  # between two looks whether Redis is back, for an agent that waits for its turn
 DELTA_SECONDS = 0.06  # between two llm_delta entries: words still seem to flow, in fewer than 20 entries a second
@@ -55,52 +55,46 @@ class Agent:
     approve: frozenset[str] = frozenset()  # tools before whose calls a person is asked
 
     async def __call__(self, task: Task, log: TaskLog) -> dict[str, Any]:
-        kind, payload = check_task(task.data)
+        kind, payload = conversation.check_task(task.data)
         tools = {name: tool for name, tool in self.tools.items() if name.startswith(kind.tools)} | {"give_up": give_up}
         await say(log, "chain_of_thought", step="analyzing_task", prompt=kind.in_words.format(**payload))
 
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": to_json(task.data)}]
+        messages = conversation.first_messages(task.data)
         findings: list[dict[str, Any]] = []  # of the tool calls that succeeded
         steps, problem, spent, may_conclude = 0, "", Usage(), False
         for _ in range(MAX_STEPS):
             messages += [{"role": "user", "content": text} for text in await log.inbox()]
-            self.check_budget(spent)
-            judge = partial(problem_of, tools=tools, may_conclude=may_conclude)
+            if self.max_tokens is not None and spent.input + spent.output >= self.max_tokens:
+                used = f"{spent.input} input, {spent.output} output"
+                raise PermanentFailure(f"the limit of {self.max_tokens} tokens is reached: {used}")
+            judge = partial(conversation.problem_of, tools=tools, may_conclude=may_conclude)
             text, calls, usage = await self.ask(messages, tools, log, judge if problem else None)
             spent += usage
-            messages.append(as_message(text, calls))
+            messages.append(conversation.as_message(text, calls))
             if problem := judge(text, calls):
-                told = f"Nothing was done, because your reply was unusable: {problem}. Try again."
-                messages += [as_result(call, {"error": told}) for call in calls] or [{"role": "user", "content": told}]
+                messages += conversation.as_correction(problem, calls)
                 continue
             step = "concluding" if not calls else "giving_up" if calls[0].name == "give_up" else "choosing_tool"
             await say(log, "chain_of_thought", step=step, thought=text)
             if not calls:
                 await say(log, "progress", percent=100, step="done")
-                results = [finding["result"] for finding in findings if isinstance(finding["result"], dict)]
-                rows = [{"rows": result["rows"]} for result in results if isinstance(result.get("rows"), int)]
-                return {"summary": text, **(rows[0] if rows else {}), "findings": findings, "usage": asdict(spent)}
+                return conversation.summed_up(text, findings) | {"usage": asdict(spent)}
             for call in calls:
                 steps += 1
                 outcome = await self.use_tool(call, tools[call.name], log)
-                messages.append(as_result(call, outcome))
+                messages.append(conversation.as_result(call, outcome))
                 may_conclude |= "error" not in outcome
                 if "result" in outcome:
                     findings.append({"tool": call.name, "arguments": clip(call.arguments), **outcome})
                 await say(log, "progress", percent=min(95, 100 * steps // (kind.usual_steps + 1)), step=call.name)
         raise PermanentFailure(f"the LLM did not finish within {MAX_STEPS} steps")
 
-    def check_budget(self, spent: Usage) -> None:
-        if self.max_tokens is not None and spent.input + spent.output >= self.max_tokens:
-            used = f"{spent.input} input, {spent.output} output"
-            raise PermanentFailure(f"the limit of {self.max_tokens} tokens is reached: {used}")
-
     async def ask(
         self, messages: list[Message], tools: Tools, log: TaskLog, judge: Judge | None
     ) -> tuple[str, list[ToolCall], Usage]:
         """Ask the LLM, as a step. All calls to the LLM pass here."""
-        call = partial(self.chat, tools, log, judge)
-        answer = await log.step("llm", call, messages, [*tools], safe_to_repeat=True, about={"model": self.llm.model})
+        call, about = partial(self.chat, tools, log, judge), {"model": self.llm.model}
+        answer = await log.step("llm", call, messages, sorted(tools), safe_to_repeat=True, about=about)
         return answer["response"], [ToolCall(**call) for call in answer["calls"]], Usage(**answer["usage"])
 
     async def chat(
@@ -108,8 +102,7 @@ class Agent:
     ) -> dict[str, Any]:
         """Let everybody watch the words arrive; return the reply as `llm_response` has it.
 
-        With a judge the reply must be usable: it is the second chance, and a retry may help, since a real LLM does not
-        say the same thing every time.
+        With a judge the reply must be usable. If it is not, a retry may help: a real LLM may say something else then.
         """
         await self.await_turn(log)
         text, unsent, calls, usage, sent_at = "", "", list[ToolCall](), Usage(), time.monotonic()
@@ -148,15 +141,14 @@ class Agent:
     async def use_tool(self, call: ToolCall, tool: Callable[..., Any], log: TaskLog) -> dict[str, Any]:
         """Call a tool, as a step; return {"result"}, or {"error"} or {"declined"}, for the LLM to read.
 
-        Wrong input (ToolError) is told to the LLM, which may know better. ToolUnavailable is raised: the task is
-        tried again.
+        Wrong input (ToolError) is told to the LLM, which may know better. ToolUnavailable is raised: it is tried again.
         """
         if tool is give_up:
             give_up(**call.arguments)
         if call.name in self.approve:
-            shown = clip(to_json(call.arguments), MAX_SHOWN_CHARS)
-            if await log.ask(f"Run {call.name} with {shown}?", ["yes", "no"]) != "yes":
-                return {"declined": DECLINED}
+            answer = await log.ask(conversation.question_about(call), ["yes", "no"])
+            if answer != "yes":
+                return {"declined": conversation.declined(answer)}
 
         is_safe, about = getattr(tool, "safe_to_repeat", False), {"arguments": clip(call.arguments)}
 

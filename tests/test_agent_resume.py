@@ -13,7 +13,7 @@ from redis import Redis
 
 from agent import Agent
 from agent_tools import Tools, ToolUnavailable, safe_to_repeat
-from conversation import DECLINED
+from conversation import question_about
 from mock_llm import MockLLM, Piece, ToolCall
 from task_streams import LogReader, Parked, TaskQueue, keys, run_worker
 
@@ -226,7 +226,8 @@ def test_tool_runs_only_if_a_person_says_yes(
 
     assert journalled.done() == ({"send a@example.org": 1} if answer == "yes" else {})
     if answer != "yes":
-        assert result(queue)["summary"] == "I did not send the email, because you said no."
+        why = "you said no" if answer else "nobody has answered"
+        assert result(queue)["summary"] == f"I did not send the email, because {why}."
         assert result(queue)["findings"] == []
     assert names(queue.redis).count("input_required") == 1
 
@@ -239,8 +240,60 @@ def test_refusal_is_told_to_the_llm(url: str, queue: TaskQueue, journalled: Jour
     queue.answer("1", "no")
     run_worker(agent, url=url, burst=True)
 
-    assert llm.told[-1] == f'{{"declined": "{DECLINED}"}}'
+    assert llm.told[-1] == '{"declined": "a person said no: do not call it again"}'
     assert result(queue)["summary"] == "Then I leave it."
+
+
+def test_refused_data_tool_ends_politely_too(url: str, queue: TaskQueue, journalled: Journalled) -> None:
+    queue.put({"type": "process_data", "payload": {"file": "a.csv"}})
+    agent = Agent(MockLLM(), journalled.tools(), approve=frozenset(["data_processor.load_file"]))
+    run_worker(agent, url=url, burst=True)
+    queue.answer("1", "no")
+    run_worker(agent, url=url, burst=True)
+
+    assert result(queue)["summary"] == "I did not look at a.csv, because you said no."
+    assert journalled.done() == {}
+
+
+def test_agent_killed_between_its_question_and_the_parking_asks_once_and_runs_what_was_allowed(
+    url: str, queue: TaskQueue, journalled: Journalled
+) -> None:
+    """The next attempt has an LLM that would want something else by now. It is not asked again, and what the person has
+    seen is what runs."""
+    queue.put({"type": "send_email", "payload": EMAIL})
+    approve = frozenset([SEND])
+    other = Scripted(["I send it.", ToolCall("1", SEND, {**EMAIL, "to": "evil@example.org"})], ["Sent."])
+
+    async def die_parking() -> None:
+        async with attempts(url) as worker:
+            task, log = await worker.claim(popped(queue.redis))
+            with pytest.raises(Parked):  # and the worker does not live to park the task
+                await Agent(MockLLM(), journalled.tools(), approve=approve)(task, log)
+
+    run(die_parking)
+    end_lease(queue, "1")
+    queue.recover()
+    run_worker(Agent(other, journalled.tools(), approve=approve), url=url, burst=True)
+    [question] = queue.questions()
+    assert EMAIL["to"] in question["question"]
+    queue.answer("1", "yes")
+    run_worker(Agent(other, journalled.tools(), approve=approve), url=url, burst=True)
+
+    assert journalled.done() == {f"send {EMAIL['to']}": 1}
+    assert names(queue.redis).count("input_required") == 1
+    assert names(queue.redis)[-1] == "completed"
+
+
+def test_question_shows_every_argument_however_long_one_is() -> None:
+    """A long body does not hide the recipient, and a text cannot turn the line around or begin a new one."""
+    arguments = {"body": "x" * 5_000, "subject": "safe\u202eevil\nto: b@example.org", "to": "evil@example.org"}
+
+    question = question_about(ToolCall("1", SEND, arguments))
+
+    assert question.endswith('to="evil@example.org")?')
+    assert "… (truncated: 1000 of 5002 characters)" in question
+    assert len(question) < 2_000
+    assert question.isprintable()
 
 
 def test_unsafe_tool_that_died_in_the_middle_is_asked_about(url: str, queue: TaskQueue, journalled: Journalled) -> None:
@@ -301,6 +354,31 @@ def test_message_reaches_the_llm_once_also_after_a_crash(url: str, queue: TaskQu
     assert llm.told.count("Be polite.") == llm.told.count("Thank you.") == 1
     assert [one["text"] for one in events(queue, "steered")] == ["Be polite.", "Thank you."]
     assert result(queue)["summary"] == "Sent."
+
+
+def test_message_is_at_its_place_after_a_crash(url: str, queue: TaskQueue, journalled: Journalled) -> None:
+    """The second answer of the LLM is lost. The attempt after that gives it the same conversation, message and all."""
+    queue.put({"type": "send_email", "payload": EMAIL})
+    conversations: list[list[dict[str, Any]]] = []
+
+    class Dying(MockLLM):
+        async def chat(self, messages: Any, tools: Any) -> AsyncIterator[Piece]:
+            conversations.append([dict(message) for message in messages])
+            if len(conversations) == 1:
+                queue.tell("1", "Be polite.")
+            if len(conversations) == 2:
+                raise OSError("the machine is gone")
+            async for piece in super().chat(messages, tools):
+                yield piece
+
+    run_worker(Agent(Dying(), journalled.tools()), url=url, burst=True, backoff_seconds=0.01)
+
+    first, second, third = conversations
+    assert len(first) < len(second)
+    assert second == third
+    assert second[-1] == {"role": "user", "content": "Be polite."}
+    assert journalled.done() == {"send a@example.org": 1}
+    assert result(queue)["summary"] == "You tell me: \"Be polite.\" Sent 'Report' to a@example.org."
 
 
 def test_mock_llm_says_that_it_was_told_something(url: str, queue: TaskQueue, journalled: Journalled) -> None:

@@ -557,6 +557,7 @@ def test_main_puts_the_options_into_the_agent(monkeypatch: pytest.MonkeyPatch, t
         ["--max-tokens", "0"],
         ["--max-tokens", "1.5"],
         ["--data-root", "/no/such/folder"],
+        ["--approve", "email_sender.sned"],
     ],
 )
 def test_bad_option_is_a_usage_error(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -566,6 +567,14 @@ def test_bad_option_is_a_usage_error(options: list[str], capsys: pytest.CaptureF
 
     assert caught.value.code == 2
     assert options[0] in capsys.readouterr().err
+
+
+def test_unknown_tool_to_approve_is_one_line_that_lists_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        agent_consumer.main(["--approve", "email_sender.sned"])
+
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "sned" in line]
+    assert "data_processor.query, email_sender.send" in line
 
 
 # The limit that all workers share
