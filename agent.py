@@ -145,10 +145,11 @@ class Agent:
         """
         if tool is give_up:
             give_up(**call.arguments)
-        if call.name in self.approve:
-            answer = await log.ask(conversation.question_about(call), ["yes", "no"])
-            if answer != "yes":
-                return {"declined": conversation.declined(answer)}
+        question, options = conversation.question_about(call), ["yes", "no"]
+        # an answer counts for every worker, also for one that would not have asked
+        needs_answer = call.name in self.approve or await log.was_asked(question, options)
+        if needs_answer and (answer := await log.ask(question, options)) != "yes":
+            return {"declined": conversation.declined(answer)}
 
         is_safe, about = getattr(tool, "safe_to_repeat", False), {"arguments": clip(call.arguments)}
 

@@ -11,7 +11,7 @@ from task_streams import PermanentFailure
 from task_streams.cli import printable
 
 MAX_CHARS = 20_000  # of a text or a tool's result, in the stream and in the messages: both are paid for by size
-MAX_SHOWN_CHARS = 1_000  # of one argument, in the question whether to run a tool
+MAX_SHOWN_CHARS = 15_000  # of all arguments, in the question whether to run a tool
 
 SYSTEM = """\
 You are an agent. The user's message is a task, as JSON. Work on it step by step: say in a sentence what you do next and
@@ -91,7 +91,8 @@ def question_about(call: ToolCall) -> str:
 
     Each argument is cut on its own: a long text cannot hide the recipient behind it.
     """
-    shown = (f"{name}={clip(printable(to_json(value)), MAX_SHOWN_CHARS)}" for name, value in call.arguments.items())
+    most = MAX_SHOWN_CHARS // max(1, len(call.arguments))
+    shown = (f"{name}={clip(printable(to_json(value)), most)}" for name, value in call.arguments.items())
     return f"Run {call.name}({', '.join(shown)})?"
 
 

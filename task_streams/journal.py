@@ -192,6 +192,12 @@ class Journal:
         await self._read()
         return not self.history.steps.keys() <= self._used
 
+    async def was_asked(self, step: Step) -> bool:
+        """Say whether the next question, as an earlier attempt has asked it, was this one."""
+        await self._read()
+        found = self.history.steps.get(f"{step.name}#{self._calls.get(step.name, 0) + 1}")
+        return found is not None and found.digest == step.digest
+
     async def look_into_inbox(self) -> list[str]:
         """Return the messages that a person has sent; in a later attempt the same ones at the same place."""
         async with self._looking:

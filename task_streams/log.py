@@ -130,6 +130,10 @@ class TaskLog:
         """
         return await self._steps().resuming()
 
+    async def was_asked(self, question: str, options: Sequence[str] | None = None) -> bool:
+        """Say whether an earlier attempt has asked this at this place: then ask() returns its answer."""
+        return await self._steps().was_asked(Step(ASK, no_call, (question, options), True, False))
+
     def _steps(self) -> Journal:
         self._journal = self._journal or Journal(self, self._task)
         return self._journal

@@ -244,6 +244,20 @@ def test_refusal_is_told_to_the_llm(url: str, queue: TaskQueue, journalled: Jour
     assert result(queue)["summary"] == "Then I leave it."
 
 
+@pytest.mark.parametrize("answer", ["yes", "no"])
+def test_answer_counts_for_a_worker_that_would_not_have_asked(
+    answer: str, url: str, queue: TaskQueue, journalled: Journalled
+) -> None:
+    """The next worker was started without --approve."""
+    queue.put({"type": "send_email", "payload": EMAIL})
+    run_worker(Agent(MockLLM(), journalled.tools(), approve=frozenset([SEND])), url=url, burst=True)
+    queue.answer("1", answer)
+    run_worker(Agent(MockLLM(), journalled.tools()), url=url, burst=True)
+
+    assert journalled.done() == ({"send a@example.org": 1} if answer == "yes" else {})
+    assert names(queue.redis)[-1] == "completed"
+
+
 def test_refused_data_tool_ends_politely_too(url: str, queue: TaskQueue, journalled: Journalled) -> None:
     queue.put({"type": "process_data", "payload": {"file": "a.csv"}})
     agent = Agent(MockLLM(), journalled.tools(), approve=frozenset(["data_processor.load_file"]))
@@ -291,8 +305,8 @@ def test_question_shows_every_argument_however_long_one_is() -> None:
     question = question_about(ToolCall("1", SEND, arguments))
 
     assert question.endswith('to="evil@example.org")?')
-    assert "… (truncated: 1000 of 5002 characters)" in question
-    assert len(question) < 2_000
+    assert "… (truncated: 5000 of 5002 characters)" in question
+    assert len(question) < 20_000
     assert question.isprintable()
 
 
