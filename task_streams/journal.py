@@ -93,7 +93,7 @@ class Journal:
         await self._doubts.settle()
         found = self.history.steps.get(step.key)
         if found is not None and found.digest != step.digest:
-            if step.is_question:  # the answer to another question is none to this one
+            if step.is_question:  # an answer to another question does not count here
                 del self.history.steps[step.key]
             else:
                 await self._start_over(step.key, "it was recorded with another name or other arguments")

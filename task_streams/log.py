@@ -155,7 +155,7 @@ class TaskLog:
         return [{"text": one["text"], "by": one["by"]} for one in found]
 
     async def open_question(self, question: str, expires_ms: int) -> tuple[str, int]:
-        """Note a question in the task's record; return the answer as JSON, "" if there is none, and when it expires."""
+        """Note a question in the record; return the answer as JSON ("" if nobody has answered) and its expiry (ms)."""
         call = load("ask"), [keys.record(self.task_id)], [self._task.token, question, expires_ms]
         reply = await self._insist(lambda: self._pipe.run(call))
         if reply is None:
@@ -291,6 +291,10 @@ class BlockingLog:
     def inbox(self) -> list[str]:
         """Return the messages that people have sent, as TaskLog.inbox() does."""
         return asyncio.run_coroutine_threadsafe(self._log.inbox(), self._loop).result()
+
+    def was_asked(self, question: str, options: Sequence[str] | None = None) -> bool:
+        """Say whether an earlier attempt has asked this at this place, as TaskLog.was_asked() does."""
+        return asyncio.run_coroutine_threadsafe(self._log.was_asked(question, options), self._loop).result()
 
     def resuming(self) -> bool:
         """Say whether the journal holds steps that this attempt has not come to yet."""

@@ -133,7 +133,7 @@ async def guarded(call: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def no_call() -> None:
-    """Stand for the call of a question, which has none."""
+    """Stand in for the call of a question: a question makes no call."""
 
 
 def value_of(event: Event) -> tuple[bool, Any]:

@@ -88,13 +88,13 @@ def test_question_parks_the_task_and_its_answer_lets_it_go_on(url: str, queue: T
 
 def test_plain_handler_asks_too(url: str, queue: TaskQueue) -> None:
     def handle(task: Task, log: BlockingLog) -> Any:
-        return log.ask("How many?")
+        return [log.was_asked("How many?"), log.ask("How many?")]
 
     park(url, queue, handle)
     queue.answer("1", "three or four")
     park(url, queue, handle)
 
-    assert last(queue)[1]["result"] == "three or four"
+    assert last(queue)[1]["result"] == [True, "three or four"]
 
 
 def test_consumer_parks_a_task_too(url: str, queue: TaskQueue, monkeypatch: pytest.MonkeyPatch, redis: Redis) -> None:

@@ -129,7 +129,7 @@ def _located(task: models.WholeTask, status: int) -> Json:
 
 # -- events -----------------------------------------------------------------------------------------------------
 
-# sse-starlette and not fastapi.sse, which would encode each event anew for each watcher, has no way to answer HEAD
+# sse-starlette and not fastapi.sse, which would encode each event again for each watcher, has no way to answer HEAD
 # without a stream, and fixes the comments' interval and `Cache-Control: no-cache`.
 
 

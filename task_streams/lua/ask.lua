@@ -1,7 +1,7 @@
 -- Open a question about a running task, or learn how it was answered.
 -- KEYS  record
 -- ARGV  token, question as JSON, how long it may be answered (ms)
--- Returns {answer as JSON ('' if there is none yet, 'null' if nobody answered in time), when the question expires (ms)},
+-- Returns {answer as JSON ('' if nobody has answered yet, 'null' if it is too late), when the question expires (ms)},
 --         or nil if the lease is lost. Asking the same question again changes nothing.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

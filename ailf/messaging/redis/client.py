@@ -132,7 +132,7 @@ class _Client(Waits):
 
     @both
     def get(self, key: str) -> Steps[Any]:
-        """Return a string key's value as text; None if there is none."""
+        """Return a string key's value as text; None if the key does not exist."""
         return (yield (self.redis or (yield self.connect())).get(key))
 
     @both

@@ -90,7 +90,7 @@ class _PubSub(Utility):
     def unsubscribe(self, name: str) -> Steps[None]:
         """End the subscription to a channel or a pattern: its handler is not called again, except if it runs now.
 
-        Raises ValueError if there is none.
+        Raises ValueError if there is no such subscription.
         """
         yield from self._locked(self._unsubscribe(name))
 

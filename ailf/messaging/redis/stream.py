@@ -97,7 +97,7 @@ class _Stream(Utility):
 
     @both
     def create_consumer_group(self, group: str, consumer: str, start_id: str = "0") -> Steps[bool]:
-        """Read as this consumer of this group from now on; create the group if there is none: then return True.
+        """Read as this consumer of this group from now on. Return True if the group is new, and was created.
 
         A new group gets whatever comes after start_id: "0" everything, "$" only what is added from now on. A consumer
         that comes back under its old name goes on with what it left pending.
